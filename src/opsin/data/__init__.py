@@ -1,0 +1,1 @@
+"""Training samples in: one file per layout."""

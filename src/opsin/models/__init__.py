@@ -1,0 +1,1 @@
+"""pixels → tokens → logits. Plain torch; nothing here knows a file format, an engine or a server."""

@@ -1,0 +1,1 @@
+"""One file per experiment; its docstring holds command, cost and measured score."""
