@@ -38,7 +38,7 @@ class TrainConfig:
     model: ViTConfig
     phases: tuple[Phase, ...]
     batch_size: int = 256
-    muon_lr: float = 2e-3
+    muon_lr: float = 3e-3
     adamw_lr: float = 2e-3
     weight_decay: float = 0.05
     warmup_steps: int = 200
@@ -47,7 +47,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     ema_decay: float = 0.995
     seed: int = 0
-    save_every: int = 250  # steps
+    save_every: int = 750  # steps
 
     @property
     def steps(self) -> int:
