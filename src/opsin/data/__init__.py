@@ -1,1 +1,1 @@
-"""Training samples in: one file per layout."""
+"""Samples in: one file per layout."""

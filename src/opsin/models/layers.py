@@ -49,7 +49,13 @@ class MLP(nn.Module):
     """Dense → activation → dense; with `gated`, SwiGLU: silu(first half) · second half (DINOv2 giant)."""
 
     def __init__(
-        self, dim: int, hidden_dim: int, *, activation: Activation = "gelu", gated: bool = False, dropout_rate: float = 0.0
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: Activation = "gelu",
+        gated: bool = False,
+        dropout_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.activation, self.gated, self.dropout_rate = activation, gated, dropout_rate

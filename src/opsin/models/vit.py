@@ -32,7 +32,8 @@ class ViTConfig:
     pos_resize: PosResize = "bicubic"
 
     class_token: bool = True
-    distillation_token: bool = False  # DeiT: a second token with a head of its own; logits are the mean of the two
+    distillation_token: bool = False  # DeiT: a second token
+    distillation_head: bool = True  # a head of its own on that token; logits are then the mean of the two
     num_registers: int = 0  # DINOv2 with registers: extra tokens without positions
     pool: Literal["token", "mean", "map", "token_mean"] = "token"  # token_mean: CLS ⊕ mean patch, DINOv2's linear head
     norm_after_pool: bool = False  # timm's `fc_norm`: pool first, then normalise
@@ -73,7 +74,9 @@ def check_divides(patch_size: int, image_size: int) -> None:
     if image_size % patch_size or image_size < patch_size:
         low = image_size // patch_size * patch_size
         fit = f"{low}, {low + patch_size}" if low else f"{patch_size}"
-        raise ValueError(f"patch_size ({patch_size}) does not divide image_size ({image_size}). Nearest that fit: {fit}.")
+        raise ValueError(
+            f"patch_size ({patch_size}) does not divide image_size ({image_size}). Nearest that fit: {fit}."
+        )
 
 
 class ViT(nn.Module):
@@ -115,7 +118,11 @@ class ViT(nn.Module):
         )
         self.pre_logits = nn.Linear(c.embed_dim, c.embed_dim) if c.pre_logits else None
         self.head = nn.Linear(c.feature_dim, c.num_classes) if c.num_classes else None
-        self.head_dist = nn.Linear(c.feature_dim, c.num_classes) if c.num_classes and c.distillation_token else None
+        self.head_dist = (
+            nn.Linear(c.feature_dim, c.num_classes)
+            if c.num_classes and c.distillation_token and c.distillation_head
+            else None
+        )
         self.init_weights()
 
     @torch.no_grad()
@@ -176,7 +183,7 @@ class ViT(nn.Module):
         """Encoded tokens (B, P + N, D) → features (B, D); (B, 2·D) for `token_mean`."""
         c = self.config
         if self.attn_pool is not None:
-            x = self.attn_pool(tokens)
+            x = self.attn_pool(tokens[:, c.num_prefix :])
         elif c.pool == "token":
             x = tokens[:, 0]
         else:
@@ -213,6 +220,7 @@ class ViT(nn.Module):
         """Softmax attention of every layer, (B, heads, P + N, P + N) each, computed beside the fused forward path."""
         x, maps = self.embed(pixels), []
         for layer in self.layers:
+            assert isinstance(layer, TransformerLayer)
             y = layer.norm1(x)
             maps.append(layer.attn.weights(y, y))
             x = layer(x)

@@ -1,6 +1,6 @@
 """The embedded model: a 5.6M-parameter ViT for 64-pixel images, trained on Tiny-ImageNet (200 everyday classes).
 
-    python -m opsin.recipes.vit_tiny DATA_FOLDER OUT_FOLDER
+python -m opsin.recipes.vit_tiny DATA_FOLDER OUT_FOLDER
 """
 
 import sys
@@ -25,9 +25,9 @@ def recipe() -> TrainConfig:
             pool="mean",
         ),
         phases=(
-            Phase(steps=3000, image_size=48, keep_tokens=24),
-            Phase(steps=2500, image_size=64, keep_tokens=32),
-            Phase(steps=750, image_size=64, keep_tokens=64),
+            Phase(steps=2600, image_size=48, keep_tokens=24),
+            Phase(steps=2200, image_size=64, keep_tokens=32),
+            Phase(steps=400, image_size=64, keep_tokens=64),
         ),
     )
 

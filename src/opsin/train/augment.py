@@ -35,7 +35,7 @@ def random_resized_crop(
 
 
 def drop_tokens(tokens: Tensor, keep: int, *, generator: torch.Generator) -> Tensor:
-    """Keep `keep` of N patch tokens, chosen per image: (B, N, D) → (B, keep, D). Source: PatchDropout (Liu et al. 2023)."""
+    """Keep `keep` of N patch tokens, drawn per image: (B, N, D) → (B, keep, D). Source: Liu et al. 2023, PatchDropout."""
     batch, num, dim = tokens.shape
     if keep >= num:
         return tokens

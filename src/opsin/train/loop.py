@@ -1,7 +1,6 @@
 """The training loop: one frozen config in, a folder with metrics.jsonl and a checkpoint out; resumes to the bit."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from opsin.train.optim import muon_and_adamw, warmup_cosine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A stretch of steps at one image size, with `keep_tokens` of the patches fed to the layers (the rest is dropped)."""
+    """A stretch of steps at one image size; `keep_tokens` of its patches reach the layers, the rest is dropped."""
 
     steps: int
     image_size: int
@@ -86,7 +85,8 @@ def accuracy(model: nn.Module, data: TinyImageNet, *, batch_size: int = 250) -> 
     model.eval()
     for start in range(0, len(rows), batch_size):
         picked = rows[start : start + batch_size]
-        top5 = model(normalise(data.images[picked])).topk(5).indices
+        logits = model(normalise(data.images[picked]))
+        top5 = logits.topk(min(5, logits.shape[1])).indices
         hits = top5 == torch.from_numpy(data.labels[picked])[:, None]
         hits1, hits5 = hits1 + int(hits[:, 0].sum()), hits5 + int(hits.any(dim=1).sum())
     return hits1 / len(rows), hits5 / len(rows)
@@ -125,10 +125,10 @@ def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT:
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
         torch.save(state, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        checkpoint.with_suffix(".tmp").replace(checkpoint)
 
     start, first = time.monotonic(), step
-    with open(out / "metrics.jsonl", "a") as metrics:
+    with (out / "metrics.jsonl").open("a") as metrics:
         for images, labels in batches(data, config, step):
             if step == config.steps:
                 break
@@ -172,4 +172,6 @@ def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT:
                 print(f"{record}  ETA {eta:.0f} min", file=sys.stderr, flush=True)
             if step % config.save_every == 0 or step == config.steps:
                 save()
-    return average.module.eval()
+    trained = average.module.eval()
+    assert isinstance(trained, ViT)
+    return trained

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 
-def muon_and_adamw(model: nn.Module, *, muon_lr: float, adamw_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def muon_and_adamw(
+    model: nn.Module, *, muon_lr: float, adamw_lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embeddings, norms, biases and heads.
 
     Decay applies to matrices only. On the embedded model's data Muon reaches a given loss in about half the steps.

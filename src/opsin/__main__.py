@@ -1,0 +1,3 @@
+from opsin.cli import main
+
+main()

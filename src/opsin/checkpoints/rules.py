@@ -1,0 +1,189 @@
+"""Tables of names between a foreign checkpoint format and ours, read in both directions."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from opsin.errors import CheckpointError
+from opsin.models.vit import ViT, ViTConfig
+
+State = dict[str, Tensor]
+Names = str | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """Two layouts of one tensor. Each function undoes the other; the config gives what the tensor does not show."""
+
+    to_native: Callable[[Tensor, ViTConfig], Tensor]
+    to_foreign: Callable[[Tensor, ViTConfig], Tensor]
+
+
+SAME = Transform(lambda t, _: t, lambda t, _: t)
+TRANSPOSE = Transform(lambda t, _: t.mT, lambda t, _: t.mT)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One logical tensor under its native and its foreign name; `{i}` stands for every layer.
+
+    Several native names share one foreign tensor in equal parts along axis 0 (a fused qkv); several foreign names make
+    up one native tensor in the same way. No native name, `()`: known, and not needed (a mask token).
+    When several rules give the same native tensor, a reader takes the first that the file has and a writer the first.
+    """
+
+    native: Names
+    foreign: Names
+    transform: Transform = SAME
+
+
+def _each(names: Names, before: str = "", after: str = "") -> Names:
+    return before + names + after if isinstance(names, str) else tuple(before + name + after for name in names)
+
+
+def weight_and_bias(native: Names, foreign: Names) -> list[Rule]:
+    """The two rules of a dense or norm layer that both sides keep in PyTorch's layout."""
+    return [Rule(_each(native, after=end), _each(foreign, after=end)) for end in (".weight", ".bias")]
+
+
+def within(native: str, foreign: str, rules: Sequence[Rule]) -> list[Rule]:
+    """The rules of a module as rules of the model: its names put after those of the module."""
+    return [Rule(_each(rule.native, native), _each(rule.foreign, foreign), rule.transform) for rule in rules]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What did not fit, in foreign names, in the order of the model (missing) or of the file (unexpected)."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()  # a sentence each: name, shape found, shape needed
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.reshaped)
+
+    def __str__(self) -> str:
+        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("wrong shape", self.reshaped))
+        return "; ".join(f"{kind} ({len(names)}): {_shorten(names)}" for kind, names in kinds if names)
+
+
+def _shorten(names: Sequence[str], limit: int = 10) -> str:
+    if len(names) <= limit:
+        return ", ".join(names)
+    return ", ".join([*names[: limit - 2], f"… {len(names) - limit + 1} more …", names[-1]])
+
+
+def shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of the model; nothing is allocated."""
+    return {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
+
+
+class _SkipInitialisation(TorchFunctionMode):
+    """Random numbers for tensors without data do nothing, and cost 3 s: torch imports its compiler to find that out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **kwargs or {})
+
+
+def _empty(config: ViTConfig) -> ViT:
+    with torch.device("meta"), _SkipInitialisation():
+        return ViT(config)
+
+
+def _expand(rules: Sequence[Rule], num_layers: int) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Transform]]:
+    for rule in rules:
+        native = (rule.native,) if isinstance(rule.native, str) else rule.native
+        foreign = (rule.foreign,) if isinstance(rule.foreign, str) else rule.foreign
+        for i in range(num_layers if "{i}" in foreign[0] else 1):
+            yield (
+                tuple(name.replace("{i}", str(i)) for name in native),
+                tuple(name.replace("{i}", str(i)) for name in foreign),
+                rule.transform,
+            )
+
+
+def convert(foreign: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig) -> tuple[State, Report]:
+    """Foreign names and layouts → native ones.
+
+    Nothing is filled in and nothing left out in silence: all that did not fit is in the report.
+    """
+    expected = shapes(config)
+    native: State = {}
+    lacking: dict[str, str] = {}  # native name → the foreign name that would have given it
+    reshaped: dict[str, str] = {}
+    used: set[str] = set()
+    for targets, sources, transform in _expand(rules, config.num_layers):
+        if not targets:
+            used.update(sources)
+            continue
+        if targets[0] not in expected or targets[0] in native or targets[0] in reshaped:
+            continue
+        absent = [name for name in sources if name not in foreign]
+        if absent:
+            for target in targets:
+                lacking.setdefault(target, absent[0])
+            continue
+        used.update(sources)
+        found = ", ".join(f"{name} {tuple(foreign[name].shape)}" for name in sources)
+        try:
+            tensor = _join([transform.to_native(foreign[name], config) for name in sources])
+            parts = dict(zip(targets, tensor.chunk(len(targets)), strict=True))
+        except (RuntimeError, ValueError, IndexError):  # too few axes, or sizes that do not divide
+            reshaped |= dict.fromkeys(targets, f"{found} cannot be laid out as {expected[targets[0]]}")
+            continue
+        for target, part in parts.items():
+            if tuple(part.shape) != expected[target]:
+                reshaped[target] = f"{found} gives {tuple(part.shape)}, the model has {expected[target]}"
+            else:
+                native[target] = part
+    missing = dict.fromkeys(lacking.get(n, n) for n in expected if n not in native and n not in reshaped)
+    unexpected = (name for name in foreign if name not in used)
+    return native, Report(tuple(missing), tuple(unexpected), tuple(dict.fromkeys(reshaped.values())))
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # a single one stays where it is: mapped from disk
+
+
+def invert(native: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig) -> State:
+    """Native names and layouts → foreign ones: `convert` backwards.
+
+    Raises:
+        CheckpointError: the format has no name for a tensor of the model.
+    """
+    foreign: State = {}
+    written: set[str] = set()
+    for sources, targets, transform in _expand(rules, config.num_layers):
+        if not sources or sources[0] not in native or sources[0] in written:
+            continue
+        written.update(sources)
+        for target, part in zip(targets, _join([native[name] for name in sources]).chunk(len(targets)), strict=True):
+            foreign[target] = transform.to_foreign(part, config).contiguous()
+    nameless = [name for name in native if name not in written]
+    if nameless:
+        raise CheckpointError(f"the format has no place for {_shorten(nameless)}.")
+    return foreign
+
+
+def load(foreign: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig, where: str) -> ViT:
+    """The model of `config` with the tensors of a foreign state, fp32; memory is only what the tensors take.
+
+    Raises:
+        CheckpointError: naming each tensor that is missing, unexpected or misshapen.
+    """
+    if config.num_layers > len(foreign):  # also keeps a wild number in a config from building a model of that size
+        raise CheckpointError(
+            f"{where}: the config says {config.num_layers} layers, the file has {len(foreign)} tensors."
+        )
+    native, report = convert(foreign, rules, config)
+    if report:
+        raise CheckpointError(f"{where} does not fit the model that its config describes. {report}.")
+    model = _empty(config)
+    model.load_state_dict({name: tensor.float().contiguous() for name, tensor in native.items()}, assign=True)
+    return model.eval()

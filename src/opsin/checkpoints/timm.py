@@ -1,0 +1,294 @@
+"""timm's names: its hub folders and files, and the original DeiT, DeiT III, DINO, DINOv2 and MAE files.
+
+A bare file carries no settings. Its shape is that of its tensors, which leave open: the number of heads (`num_heads`),
+the pooling of a file with both a class token and a plain final norm (the class token), and the preprocessing (a log
+line says what was taken).
+"""
+
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opsin.checkpoints import files, processors
+from opsin.checkpoints.native import vit_config
+from opsin.checkpoints.npz import default_labels
+from opsin.checkpoints.rules import Rule, State, Transform, load, weight_and_bias, within
+from opsin.errors import CheckpointError
+from opsin.labels import Labels
+from opsin.models.vit import ViT, ViTConfig
+from opsin.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessConfig
+
+log = logging.getLogger(__name__)
+
+FORMAT = "timm"
+REGISTERS = ("reg_token", "register_tokens")  # timm, DINOv2
+
+
+def _class_rows(t: Tensor, config: ViTConfig) -> Tensor:
+    """Where positions are added before the class token joins (`no_embed_class`), it has none: a row of zeros."""
+    rows = config.num_positioned if t.shape[1] == math.prod(config.grid) else 0
+    return nn.functional.pad(t, (0, 0, rows, 0))
+
+
+POSITIONS = Transform(_class_rows, lambda t, _: t)
+
+BLOCK = [  # under the name of a layer
+    *weight_and_bias("norm1", "norm1"),
+    *weight_and_bias(("attn.q", "attn.k", "attn.v"), "attn.qkv"),
+    *weight_and_bias("attn.out", "attn.proj"),
+    Rule("attn_scale", "ls1.gamma"),
+    Rule("attn_scale", "gamma_1"),  # DeiT III
+    *weight_and_bias("norm2", "norm2"),
+    *weight_and_bias("mlp.fc1", "mlp.fc1"),
+    *weight_and_bias("mlp.fc2", "mlp.fc2"),
+    *weight_and_bias("mlp.fc1", "mlp.w12"),  # DINOv2 giant
+    *weight_and_bias("mlp.fc2", "mlp.w3"),
+    Rule("mlp_scale", "ls2.gamma"),
+    Rule("mlp_scale", "gamma_2"),
+]
+
+
+def rules(config: ViTConfig) -> list[Rule]:
+    return [
+        Rule("cls_token", "cls_token"),
+        Rule("dist_token", "dist_token"),
+        *(Rule("registers", name) for name in REGISTERS),
+        Rule("pos_embed", "pos_embed", POSITIONS),
+        *weight_and_bias("patch_embed", "patch_embed.proj"),
+        Rule((), "mask_token"),
+        *within("layers.{i}.", "blocks.{i}.", BLOCK),
+        *weight_and_bias("norm", "fc_norm" if config.norm_after_pool else "norm"),
+        Rule("attn_pool.probe", "attn_pool.latent"),
+        *weight_and_bias("attn_pool.attn.q", "attn_pool.q"),
+        *weight_and_bias(("attn_pool.attn.k", "attn_pool.attn.v"), "attn_pool.kv"),
+        *weight_and_bias("attn_pool.attn.out", "attn_pool.proj"),
+        *weight_and_bias("attn_pool.norm", "attn_pool.norm"),
+        *weight_and_bias("attn_pool.mlp.fc1", "attn_pool.mlp.fc1"),
+        *weight_and_bias("attn_pool.mlp.fc2", "attn_pool.mlp.fc2"),
+        *weight_and_bias("pre_logits", "pre_logits.fc"),
+        *weight_and_bias("head", "head"),
+        *weight_and_bias("head_dist", "head_dist"),
+    ]
+
+
+ARCHITECTURE = re.compile(r"(vit|deit|deit3)_\w+")
+OTHER_MATHS = ("clip", "siglip", "rpn", "relpos", "rope", "naflex")  # same names in part, other formulas
+FROM_SHAPE = (  # model_args that the tensors or the rest of config.json tell as well
+    "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio", "qkv_bias", "init_values",
+    "class_token", "no_embed_class", "reg_tokens", "fc_norm", "dynamic_img_size", "dynamic_img_pad",
+    "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate",
+    "weight_init", "fix_init",
+)  # fmt: skip
+POOLS = {"token": "token", "avg": "mean", "map": "map"}
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
+
+
+HEADS = {"vit_base_patch16_gap_224": 16}  # the one architecture whose heads neither width nor `model_args` tells
+
+
+def num_heads(embed_dim: int, num_layers: int) -> int:
+    """Heads of the published architectures: 64 channels each, but for the few listed.
+
+    Raises:
+        ValueError: no published width.
+    """
+    if (embed_dim, num_layers) == (768, 8):
+        return 8  # vit_small_patch16_224 of 2020
+    wide = {1152: 72, 1280: 80, 1408: 88, 1664: 104, 1792: 112}  # So400m, H, g, G, e: 16 heads all
+    if embed_dim not in wide and embed_dim % 64:
+        raise ValueError(
+            f"{embed_dim} channels do not split into heads of 64. "
+            'Say how many heads: a config.json beside it with "model_args": {"num_heads": …}.'
+        )
+    return embed_dim // wide.get(embed_dim, 64)
+
+
+def claims(config: dict[str, Any]) -> bool:
+    return "architecture" in config and "model_type" not in config
+
+
+def read(folder: Path, config: dict[str, Any], weights: Path) -> tuple[ViT, PreprocessConfig, Labels | None]:
+    """A folder as timm pushes it to the hub.
+
+    Raises:
+        CheckpointError: an architecture or setting that opsin does not have; tensors that do not fit.
+    """
+    path, architecture, args = folder / "config.json", str(config["architecture"]), config.get("model_args") or {}
+    if not ARCHITECTURE.fullmatch(architecture) or any(part in architecture for part in OTHER_MATHS):
+        raise CheckpointError(
+            f"{path} is the timm architecture {architecture!r}. opsin reads vit_* and deit*, "
+            f"and of these not {', '.join(OTHER_MATHS)}."
+        )
+    unknown = sorted(set(args) - {*FROM_SHAPE, "num_heads", "act_layer", "global_pool"})
+    if unknown:
+        raise CheckpointError(f"{path}: opsin does not know the model_args {', '.join(unknown)} of timm.")
+    pool, activation = args.get("global_pool", config.get("global_pool")), args.get("act_layer", "gelu")
+    if pool not in (*POOLS, None) or activation not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{path}: global_pool {pool!r} with act_layer {activation!r}. "
+            f"opsin has {', '.join(POOLS)}, and {', '.join(ACTIVATIONS)}."
+        )
+    pretrained = config.get("pretrained_cfg") or {}
+    state = files.read_tensors(weights)
+    model = _load(
+        state,
+        folder,
+        grid_of=tuple(pretrained.get("input_size") or ())[1:],
+        heads=args.get("num_heads") or HEADS.get(architecture),
+        pool=POOLS[pool] if pool else None,
+        activation=ACTIVATIONS[activation],
+    )
+    try:
+        preprocess = (
+            processors.read_timm(pretrained)
+            if pretrained
+            else _default_preprocess(architecture, state, model.config, folder)
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f'{path}: "pretrained_cfg" {error}') from error
+    return model, preprocess, _read_labels(config, model.config.num_classes)
+
+
+def read_file(path: Path) -> tuple[ViT, PreprocessConfig, Labels | None]:
+    """A bare weight file.
+
+    Raises:
+        CheckpointError: other names than timm's; tensors that do not fit.
+    """
+    state = files.read_tensors(path)
+    if "patch_embed.proj.weight" not in state:
+        found = ", ".join(list(state)[:5])
+        raise CheckpointError(
+            f"{path} does not have timm's names (patch_embed.proj.weight, …) but {found}, … "
+            "For weights of transformers or of opsin, give the folder with config.json and the weights."
+        )
+    model = _load(state, path)
+    preprocess = _default_preprocess(path.name.lower(), state, model.config, path)
+    return model, preprocess, _read_labels({}, model.config.num_classes)
+
+
+def _load(
+    state: State,
+    path: Path,
+    *,
+    grid_of: tuple[int, ...] = (),
+    heads: int | None = None,
+    pool: str | None = None,
+    activation: str = "gelu",
+) -> ViT:
+    config = infer_config(state, path, grid_of=grid_of, heads=heads, pool=pool, activation=activation)
+    return load(fold_register_positions(state, config), rules(config), config, str(path))
+
+
+def fold_register_positions(state: State, config: ViTConfig) -> State:
+    """Where register tokens have positions, too, put them into the tokens: the sum is all that the model sees."""
+    sizes = [config.num_positioned, config.num_registers, math.prod(config.grid)]
+    if not config.num_registers or state["pos_embed"].shape[1] != sum(sizes):
+        return state
+    front, positions, patches = state["pos_embed"].split(sizes, dim=1)
+    name = next(name for name in REGISTERS if name in state)
+    return state | {name: state[name] + positions, "pos_embed": torch.cat([front, patches], dim=1)}
+
+
+def infer_config(
+    state: State, path: Path, *, grid_of: tuple[int, ...], heads: int | None, pool: str | None, activation: str
+) -> ViTConfig:
+    if any(name.startswith("patch_embed.backbone.") for name in state):
+        raise CheckpointError(f"{path} is a hybrid with a ResNet stem, which opsin does not have.")
+    fc1 = state.get("blocks.0.mlp.fc1.weight", state.get("blocks.0.mlp.w12.weight"))
+    fc2 = state.get("blocks.0.mlp.fc2.weight", state.get("blocks.0.mlp.w3.weight"))
+    patch, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    if patch is None or positions is None or fc1 is None or fc2 is None:
+        wanted = "patch_embed.proj.weight, pos_embed, blocks.0.mlp.fc1.weight, blocks.0.mlp.fc2.weight"
+        raise CheckpointError(f"{path} is not a Vision Transformer that opsin reads. It should have {wanted}.")
+    layers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    registers = next((state[name] for name in REGISTERS if name in state), None)
+    class_token, distillation = "cls_token" in state, "dist_token" in state
+    after_pool = "fc_norm.weight" in state
+    if pool is None:
+        pool = "map" if "attn_pool.latent" in state else "mean" if after_pool or not class_token else "token"
+    try:
+        embed_dim, num_channels, patch_height, patch_width = patch.shape
+        num_registers = 0 if registers is None else registers.shape[1]
+        _, rows, _ = positions.shape
+        _, mlp_dim = fc2.shape
+        image_size = _image_size(rows, class_token + distillation, num_registers, patch_height, grid_of)
+        if patch_height != patch_width:
+            raise ValueError(f"its patches are {patch_height}×{patch_width}, not square.")
+        heads = heads or num_heads(embed_dim, len(layers))
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} is not a Vision Transformer that opsin reads: {error}") from error
+    return vit_config(
+        path,
+        image_size=image_size,
+        patch_size=patch_height,
+        num_channels=num_channels,
+        embed_dim=embed_dim,
+        num_layers=len(layers),
+        num_heads=heads,
+        mlp_dim=mlp_dim,
+        num_classes=len(state["head.weight"]) if "head.weight" in state else 0,
+        norm_eps=1e-6,
+        activation=activation,
+        gated_mlp=len(fc1) == 2 * mlp_dim,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        layer_scale=any(f"blocks.0.{name}" in state for name in ("ls1.gamma", "gamma_1")),
+        # of the DINOv2 files, those without registers were used without antialiasing
+        pos_resize="bicubic" if "mask_token" in state and not num_registers else "bicubic_antialias",
+        class_token=class_token,
+        distillation_token=distillation,
+        distillation_head="head_dist.weight" in state,
+        num_registers=num_registers,
+        pool=pool,
+        norm_after_pool=after_pool,
+        pre_logits="pre_logits.fc.weight" in state,
+    )
+
+
+def _image_size(
+    rows: int, num_positioned: int, num_registers: int, patch_size: int, grid_of: tuple[int, ...]
+) -> tuple[int, int]:
+    """Pixels (H, W) of a position table: what the config says if it fits, else a square.
+
+    Raises:
+        ValueError: neither fits.
+    """
+    counts = [rows - prefix for prefix in (num_positioned, 0, num_positioned + num_registers)]
+    if len(grid_of) == 2 and (grid_of[0] // patch_size) * (grid_of[1] // patch_size) in counts:
+        return grid_of[0], grid_of[1]
+    for count in counts:
+        side = math.isqrt(max(count, 0))
+        if side and side * side == count:
+            return side * patch_size, side * patch_size
+    raise ValueError(
+        f"{rows} positions are no square grid, with or without class token; config.json should say its size."
+    )
+
+
+def _default_preprocess(name: str, state: State, config: ViTConfig, where: Path) -> PreprocessConfig:
+    """DeiT, DINO and MAE were trained on ImageNet's mean and 224 of 256 pixels, timm's own ViTs on 0.5 and 90 %."""
+    dinov2 = "mask_token" in state or "register_tokens" in state
+    original = dinov2 or "dist_token" in state or any(word in name for word in ("deit", "dino", "mae"))
+    side = 224 if dinov2 else config.image_size[0]  # DINOv2's table is for 518, its evaluation at 224
+    crop_pct = 1.0 if side >= 384 else 0.875 if original else 0.9
+    if original:
+        preprocess = PreprocessConfig.timm_crop(side, crop_pct=crop_pct, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    else:
+        preprocess = PreprocessConfig.timm_crop(side, crop_pct=crop_pct)
+    log.warning("%s says nothing of preprocessing: taking what its kind was trained with, %s", where, preprocess)
+    return preprocess
+
+
+def _read_labels(config: dict[str, Any], num_classes: int) -> Labels | None:
+    names = config.get("label_names")
+    if not num_classes or not names:
+        return default_labels(num_classes)
+    if not isinstance(names, list) or len(names) != num_classes:
+        raise CheckpointError(f'"label_names" of config.json should be a list of {num_classes} names.')
+    descriptions = config.get("label_descriptions") or {}
+    return Labels.from_names([str(descriptions.get(name, name)) for name in names])

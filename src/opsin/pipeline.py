@@ -1,0 +1,214 @@
+"""image → labels: `load()` gives the object a user holds."""
+
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from opsin import checkpoints
+from opsin.checkpoints import Checkpoint
+from opsin.errors import ImageError, NoHead
+from opsin.labels import top_k as top_k_labels
+from opsin.preprocess import MAX_PIXELS, ImageSource, decode
+
+DEFAULT_MODEL = "opsin/vit-tiny"
+Record = dict[str, Any]
+
+
+def load(
+    name: str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    lang: str = "en",
+    max_pixels: int = MAX_PIXELS,
+) -> "Classifier":
+    """Load a model with its preprocessing and labels.
+
+    Args:
+        name: hub id (`google/vit-large-patch16-224`), local folder, .safetensors / .npz / .pth file, or a name of
+            `opsin models`; without it, the embedded model.
+        revision: branch, tag or commit on the hub.
+        dtype: "fp32" is the exact reference; "auto" is whatever is fast and safe here, today fp32 as well.
+        device: "cpu", "cuda", "cuda:1", …; "auto" takes a CUDA device where torch sees one.
+        lang: language of the label names, "en" or "zh"; a name without translation stays English.
+        max_pixels: larger images are refused before they are decoded.
+    Raises:
+        UnknownModel, HubError, CheckpointError: all are `opsin.errors.ModelError`.
+        ValueError: an unknown dtype or language.
+    """
+    if dtype not in ("auto", "fp32"):
+        raise ValueError(f'dtype is "{dtype}". Known: "auto", "fp32".')
+    if lang not in ("en", "zh"):
+        raise ValueError(f'lang is "{lang}". Known: "en", "zh".')
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Classifier(
+        checkpoints.read(os.fspath(name), revision=revision), device=device, lang=lang, max_pixels=max_pixels
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """One input after decode and resize: pixels (H, W, 3) uint8 or an error."""
+
+    path: str
+    pixels: np.ndarray | None = None
+    size: tuple[int, int] = (0, 0)  # (width, height) of the upright original
+    error: ImageError | None = None
+    ms: float = 0.0
+
+
+class Classifier:
+    """A model with its preprocessing and labels.
+
+    `model` is the plain fp32 `torch.nn.Module`, `preprocess` and `labels` are plain frozen objects, `source` says
+    where the weights came from. A checkpoint without a head embeds and cannot classify (`NoHead`).
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: str = "cpu", lang: str = "en", max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.model: nn.Module = checkpoint.model.eval().to(device)
+        self.preprocess = checkpoint.preprocess
+        self.labels = checkpoint.labels
+        self.source = checkpoint.source
+        self.device = torch.device(device)
+        self.lang = lang
+        self.max_pixels = max_pixels
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the length of what `embed` gives."""
+        return self.model.config.feature_dim  # type: ignore[union-attr, return-value]
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        head = f"{len(self.labels)} classes" if self.labels else "no head"
+        height, width = self.preprocess.image_size
+        return f"<opsin {self.source.name}: {count / 1e6:.1f}M parameters, {height}×{width} pixels, {head}>"
+
+    def __call__(self, images: ImageSource | Sequence[ImageSource], *, top_k: int = 5) -> list[Any]:
+        """The `top_k` best labels of an image, `[{"label", "score", "index"}, ...]`; of a list of images, a list of those.
+
+        Raises:
+            ImageError: an image cannot be read; `stream` gives a record instead.
+            NoHead: the checkpoint has no classifier.
+        """
+        labels = self._require_labels()
+        results = top_k_labels(self.logits(images), labels, top_k, self.lang)
+        return results if _is_batch(images) else results[0]
+
+    def logits(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
+        """Logits (B, K), float32, on the CPU; B is 1 for a single image."""
+        self._require_labels()
+        return self._run(self.model, images)
+
+    def embed(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray:
+        """Features (B, D), float32: the final-norm class token, or the pooling that the checkpoint was trained with."""
+        return self._run(self._features, images).numpy()
+
+    def stream(
+        self, images: Iterable[ImageSource], *, batch_size: int = 32, top_k: int = 5, embed: bool = False
+    ) -> Generator[Record]:
+        """Exactly one record per input, in order, in constant memory; decoding runs on threads beside the model.
+
+        A record is `{"path", "ok": True, "label", "index", "score", "topk", "width", "height", "ms"}`, with `embed`
+        `{"path", "ok": True, "embedding", "width", "height", "ms"}`, and for an input that cannot be read
+        `{"path", "ok": False, "error": {"type", "message"}}`. An input that is not a path or URL is named by its
+        place, `image[3]`. `ms` is its own decode time plus its share of the batch.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        if not embed:
+            self._require_labels()
+        source = enumerate(images)
+        window: deque[Future[_Loaded]] = deque()
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="opsin-decode") as pool:
+            try:
+                while True:
+                    # one batch in the model's hands, one being decoded meanwhile
+                    for index, image in itertools.islice(source, 2 * batch_size - len(window)):
+                        window.append(pool.submit(self._load, index, image))
+                    if not window:
+                        return
+                    batch = [window.popleft().result() for _ in range(min(batch_size, len(window)))]
+                    for index, image in itertools.islice(source, batch_size):
+                        window.append(pool.submit(self._load, index, image))
+                    yield from self._records(batch, top_k=top_k, embed=embed)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, index: int, image: ImageSource) -> _Loaded:
+        path = os.fspath(image) if isinstance(image, str | os.PathLike) else f"image[{index}]"
+        start = time.perf_counter()
+        try:
+            picture = decode(image, max_pixels=self.max_pixels)
+            pixels = self.preprocess.resize(picture)
+        except ImageError as error:
+            return _Loaded(path, error=error)
+        return _Loaded(path, pixels, picture.size, ms=(time.perf_counter() - start) * 1e3)
+
+    def _records(self, batch: list[_Loaded], *, top_k: int, embed: bool) -> Iterator[Record]:
+        good = [item.pixels for item in batch if item.pixels is not None]
+        start = time.perf_counter()
+        answers: Iterator[Record] = iter(())
+        if good:
+            output = self._forward(self._features if embed else self.model, good)
+            if embed:
+                answers = ({"embedding": row} for row in output.numpy())
+            else:
+                answers = (
+                    {"label": best[0]["label"], "index": best[0]["index"], "score": best[0]["score"], "topk": best}
+                    for best in top_k_labels(output, self._require_labels(), top_k, self.lang)
+                )
+        share = (time.perf_counter() - start) * 1e3 / max(len(good), 1)
+        for item in batch:
+            if item.error is not None:
+                error = {"type": item.error.kind, "message": str(item.error)}
+                yield {"path": item.path, "ok": False, "error": error}
+            else:
+                width, height = item.size
+                facts = {"width": width, "height": height, "ms": round(item.ms + share, 2)}
+                yield {"path": item.path, "ok": True, **next(answers), **facts}
+
+    def _run(self, function: Callable[[Tensor], Tensor], images: ImageSource | Sequence[ImageSource]) -> Tensor:
+        """Any number of images through `function`, 32 at a time, so that memory does not grow with a long list."""
+        sources: Sequence[Any] = images if _is_batch(images) else [images]  # type: ignore[assignment]
+        if len(sources) == 0:
+            raise ValueError("no images: the list is empty. Give at least one.")
+        parts = []
+        for start in range(0, len(sources), 32):
+            pictures = (decode(source, max_pixels=self.max_pixels) for source in sources[start : start + 32])
+            parts.append(self._forward(function, [self.preprocess.resize(picture) for picture in pictures]))
+        return torch.cat(parts)
+
+    def _forward(self, function: Callable[[Tensor], Tensor], resized: list[np.ndarray]) -> Tensor:
+        pixels = torch.stack([self.preprocess.normalise(image) for image in resized])
+        # TF32 would round the patch embedding to 10 bits on CUDA
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return function(pixels.to(self.device)).float().cpu()
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return self.model.features(pixels)  # type: ignore[operator]
+
+    def _require_labels(self) -> Any:
+        if self.labels is None:
+            raise NoHead(
+                f"{self.source.name} has no classification head: it gives features, not labels. "
+                "Use embed(), or load a fine-tuned checkpoint: `opsin models` lists some."
+            )
+        return self.labels
+
+
+def _is_batch(images: object) -> bool:
+    return isinstance(images, list | tuple) or (isinstance(images, np.ndarray | Tensor) and images.ndim == 4)

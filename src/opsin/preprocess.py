@@ -1,0 +1,599 @@
+"""image → pixels: decode anything to upright RGB, then resize, crop and normalise as the checkpoint's authors did.
+
+    source ── decode ──▶ PIL RGB ── resize ──▶ uint8 H W 3 ── normalise ──▶ float32 3 H W
+
+Equal to the PIL backend of transformers bit for bit; `tests/parity/test_preprocess.py` holds it to that.
+"""
+
+import difflib
+import hashlib
+import http.client
+import io
+import json
+import math
+import os
+import re
+import stat
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    QoiImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from torch import Tensor
+
+from opsin.errors import (
+    ImageCorrupt,
+    ImageError,
+    ImageNotFound,
+    ImageTooLarge,
+    ImageUnreadable,
+    MissingExtra,
+    NotAnImage,
+)
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]  # in the order of Pillow's enum
+
+RESAMPLES: tuple[Resample, ...] = get_args(Resample)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 512 MiB of RGB
+MAX_DOWNLOAD_BYTES = 64 * 2**20
+DOWNLOAD_SECONDS = 30  # for one URL, from the request to the last byte
+
+# what a folder scan takes for an image; `decode` looks at the bytes alone
+IMAGE_EXTENSIONS = frozenset(
+    f".{extension}"
+    for extensions in (
+        "jpg jpeg jpe jfif png apng webp gif bmp tif tiff",
+        "avif heic heif jp2 j2k jpx ppm pgm pbm pnm qoi",
+    )
+    for extension in extensions.split()
+)
+
+
+def is_image_name(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of this name is taken for an image when a folder is scanned."""
+    return Path(path).suffix.lower() in IMAGE_EXTENSIONS
+
+
+# ── decode: source → upright RGB ─────────────────────────────────────────────────────────────────────────────────────
+
+# Format: its first bytes, and Pillow's reader. Formats without a signature (TGA) would take noise for a picture, and
+# EPS runs a program: neither is here. The JPEG reader takes the first picture of an MPO too, which is the photo.
+_READERS: dict[str, tuple[re.Pattern[bytes], type[ImageFile.ImageFile] | None]] = {
+    kind: (re.compile(signature, re.DOTALL), reader)
+    for kind, signature, reader in (
+        ("JPEG", rb"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+        ("PNG", rb"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+        ("WebP", rb"RIFF....WEBP", WebPImagePlugin.WebPImageFile),
+        ("GIF", rb"GIF8[79]a", GifImagePlugin.GifImageFile),
+        ("BMP", rb"BM", BmpImagePlugin.BmpImageFile),
+        ("TIFF", rb"II[\x2a\x2b]\0|MM\0[\x2a\x2b]", TiffImagePlugin.TiffImageFile),
+        ("AVIF", rb"....ftyp(....)*?avi[fs]", None),  # None: not in every Pillow
+        ("HEIC", rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", None),
+        ("JPEG 2000", rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n", Jpeg2KImagePlugin.Jpeg2KImageFile),
+        ("PPM", rb"P[1-6]\s", PpmImagePlugin.PpmImageFile),
+        ("QOI", rb"qoif", QoiImagePlugin.QoiImageFile),
+    )
+}
+
+# EXIF orientation → what undoes it
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Any image as upright RGB. Safe to call from many threads.
+
+    EXIF orientation is applied, alpha is dropped and modes are converted as Pillow's `convert("RGB")` does (as
+    `transformers.image_utils.load_image`). 16-bit greyscale keeps its high byte, as Pillow keeps it of 16-bit RGB. Of
+    an animation the first frame is taken. The format is told by the bytes, never by the name.
+
+    Args:
+        source: path; http(s) URL (do not pass on URLs of strangers: it is fetched from this machine); bytes of a
+            file; PIL image; numpy (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or uint16; torch (H, W) or
+            (C, H, W) with C 1, 3 or 4, uint8 or uint16.
+        max_pixels: an image with more is refused before any pixel is decoded.
+    Returns:
+        The image itself when it was an upright RGB PIL image, a new one otherwise.
+    Raises:
+        ImageError: its subclass, and `kind`, say what is wrong. Nothing else is raised, whatever the source.
+    """
+    if isinstance(source, Image.Image):
+        return _from_pillow(source, max_pixels)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, "H, W, C", max_pixels)
+    if isinstance(source, Tensor):
+        try:
+            array = source.detach().cpu().numpy()
+        except Exception as error:  # sparse, meta, bfloat16
+            raise NotAnImage(f"the tensor cannot be read as an image: {error}. Give (C, H, W), torch.uint8.") from error
+        return _from_array(np.moveaxis(array, 0, -1) if array.ndim == 3 else array, "C, H, W", max_pixels)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _from_stream(io.BytesIO(source), f"image of {len(source)} bytes", max_pixels)
+    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        return _from_stream(io.BytesIO(_download(source)), source, max_pixels)
+    if isinstance(source, str | os.PathLike):
+        return _from_path(os.fsdecode(source), max_pixels)
+    raise NotAnImage(
+        f"{type(source).__name__} is not an image. Give a path, a URL, the bytes of a file, a PIL image, "
+        "a numpy array (H, W, C) or a torch tensor (C, H, W) of uint8."
+    )
+
+
+def _from_path(path: str, max_pixels: int) -> Image.Image:
+    if not path:
+        raise ImageNotFound("the path is empty.")
+    try:
+        mode = Path(path).stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise ImageUnreadable(f"{path}: {'a directory' if stat.S_ISDIR(mode) else 'a device or pipe'}, not a file.")
+        with Path(path).open("rb") as stream:
+            return _from_stream(stream, path, max_pixels)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = "a link that leads nowhere" if Path(path).is_symlink() else "no such file"
+        raise ImageNotFound(f"{path}: {reason}.") from error
+    except OSError as error:
+        raise ImageUnreadable(f"{path}: {error.strerror or error}.") from error
+    except ValueError as error:  # a NUL or a lone surrogate: no file can have this name
+        raise ImageNotFound(f"{path!r}: no such file; the name itself is impossible ({error}).") from error
+
+
+def _from_stream(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+    head = stream.read(64)
+    kind = next((kind for kind, (signature, _) in _READERS.items() if signature.match(head)), None)
+    if kind is None:
+        begin = f"it begins with {head[:12]!r}, as none of {', '.join(_READERS)} does" if head else "it is empty"
+        raise NotAnImage(f"{name}: not an image: {begin}.")
+    reader = _READERS[kind][1]
+    if reader is None:
+        reader = _heic_reader(name) if kind == "HEIC" else _avif_reader(name)
+
+    def read() -> Image.Image:
+        if kind == "WebP":  # whose reader allocates the whole canvas on opening
+            _check_pixels(_webp_size(head), name, max_pixels)
+        stream.seek(0)
+        # without a file name, so that Pillow does not map a file that may shrink meanwhile
+        image = reader(stream, "")
+        _check_pixels(image.size, name, max_pixels)
+        image.load()
+        return image
+
+    return _upright_rgb(read, name, kind, max_pixels)
+
+
+def _from_pillow(image: Image.Image, max_pixels: int) -> Image.Image:
+    filename = getattr(image, "filename", "")
+    name = os.fsdecode(filename) if filename else "the PIL image"
+
+    def read() -> Image.Image:
+        _check_pixels(image.size, name, max_pixels)
+        image.load()  # may be open only
+        return image
+
+    return _upright_rgb(read, name, image.format or image.mode, max_pixels)
+
+
+def _from_array(array: np.ndarray, axes: str, max_pixels: int) -> Image.Image:
+    """`array` is H, W or H, W, C by now; `axes` are the ones to name in errors."""
+    kind = "tensor" if axes == "C, H, W" else "array"
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        hint = " Floats have been preprocessed already: give those to the model." if array.dtype.kind == "f" else ""
+        raise NotAnImage(f"the {kind} is {array.dtype}; an image is uint8, 0 to 255.{hint}")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
+        given = (*array.shape[-1:], *array.shape[:-1]) if kind == "tensor" and array.ndim == 3 else array.shape
+        raise NotAnImage(f"the {kind} has shape {tuple(given)}; one image is ({axes}) with C 1, 3 or 4, or (H, W).")
+    _check_pixels((array.shape[1], array.shape[0]), f"the {kind}", max_pixels)
+    if array.dtype.itemsize == 2:
+        array = (array >> 8).astype(np.uint8)
+    if array.ndim == 3:
+        array = array[..., 0] if array.shape[2] == 1 else array[..., :3]
+    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+
+def _upright_rgb(read: Callable[[], Image.Image], name: str, kind: str, max_pixels: int) -> Image.Image:
+    """Run `read`, which gives a loaded image, and make that upright RGB; whatever goes wrong becomes an ImageError."""
+    try:
+        try:
+            image = read()
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            with _pillow_limit(max_pixels):
+                image = read()
+        orientation = _orientation(image)
+        image = _rgb(image)
+        if orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[orientation])
+            image.info = {}  # or the next reader would turn it again
+        return image
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on damaged input
+        raise _image_error(error, name, kind, max_pixels) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:
+        return 1  # metadata that cannot be read, of pixels that are whole
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    # Pillow reads a 16-bit PNG or PGM as "I;16" or as "I", by version
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF BitsPerSample: 12 in some
+        return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8)).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if "transparency" in image.info:  # dropped like any alpha; Pillow would warn about it
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
+
+
+def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    width, height = size
+    if width * height == 0:
+        raise NotAnImage(f"{name}: {width} × {height}, no pixels at all.")
+    if width * height > max_pixels:
+        raise _too_large(name, f"{width} × {height} = {width * height:,}", max_pixels)
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """(width, height) in the header: 24 bits each for the extended form, 14 for lossless and lossy."""
+    if head[12:16] == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+
+
+def _too_large(name: str, pixels: str, max_pixels: int) -> ImageTooLarge:
+    return ImageTooLarge(
+        f"{name}: {pixels} pixels; the limit is {max_pixels:,}. "
+        "If the image is to be trusted, raise max_pixels (--max-pixels)."
+    )
+
+
+def _image_error(error: Exception, name: str, kind: str, max_pixels: int) -> ImageError:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        found = re.search(r"(\d+) pixels", reason)  # the size is in Pillow's words only
+        return _too_large(name, f"{int(found[1]):,}" if found else "too many", max_pixels)
+    if isinstance(error, MemoryError):
+        return ImageTooLarge(f"{name}: not enough memory to decode it.")
+    if isinstance(error, OSError) and error.errno is not None:
+        return ImageUnreadable(f"{name}: {error.strerror or reason}.")
+    return ImageCorrupt(f"{name}: a {kind} image, damaged or cut short: {reason[:200]}.")
+
+
+_limit_lock = threading.Lock()
+
+
+@contextmanager
+def _pillow_limit(max_pixels: int) -> Iterator[None]:
+    """Raise Pillow's own, process-wide limit to `max_pixels` for one image; some of its readers know no other."""
+    with _limit_lock:
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None:
+            Image.MAX_IMAGE_PIXELS = max(limit, max_pixels)
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _avif_reader(name: str) -> type[ImageFile.ImageFile]:
+    try:
+        from PIL import AvifImagePlugin
+    except ImportError as error:
+        raise ImageUnreadable(f"{name}: an AVIF image, which Pillow reads from 11.3 on: upgrade Pillow.") from error
+    if not AvifImagePlugin.SUPPORTED:
+        raise ImageUnreadable(f"{name}: an AVIF image, and this Pillow is built without AVIF.")
+    return AvifImagePlugin.AvifImageFile
+
+
+def _heic_reader(name: str) -> type[ImageFile.ImageFile]:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        raise ImageUnreadable(f"{name}: a HEIC image. {MissingExtra('pillow-heif', 'heif')}") from error
+    return HeifImageFile
+
+
+def _download(url: str) -> bytes:
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+    data = bytearray()
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "opsin"})
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
+            promised = response.length or 0
+            while chunk := response.read1(2**16):
+                data += chunk
+                if len(data) > MAX_DOWNLOAD_BYTES:
+                    raise ImageTooLarge(
+                        f"{url}: more than {MAX_DOWNLOAD_BYTES:,} bytes, the limit for a download. "
+                        "Download the file and give its path."
+                    )
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} seconds")
+        if len(data) < promised:
+            raise ConnectionError(f"it ended after {len(data):,} of {promised:,} bytes")
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        raise ImageUnreadable(f"{url}: the download failed: {error or type(error).__name__}.") from error
+    return bytes(data)
+
+
+# ── PreprocessConfig: RGB → pixels ───────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessConfig:
+    """How an image becomes pixels; the defaults are those of google/vit-base-patch16-224 on Hugging Face.
+
+    Steps in order, each left out by None: `source_crop`, `size`, `crop_size`, `rescale_factor`, `mean` and `std`.
+    """
+
+    source_crop: tuple[float, float] | None = None  # (H, W) centre crop, as fractions of the shorter edge (Perceiver)
+    size: tuple[int, int] | int | None = (224, 224)  # pixels: (H, W), aspect not kept; int: the shorter edge, kept
+    resample: Resample = "bilinear"
+    antialias: bool = True  # Pillow. False: as the JAX release, TensorFlow's plain bilinear; floats, not rounded
+    crop_size: tuple[int, int] | None = None  # (H, W) pixels, centre crop, padded with black where the image is smaller
+    crop_rounding: Literal["down", "half_even"] = "down"  # of an odd margin: transformers, torchvision and timm
+    rescale_factor: float | None = 1 / 255
+    mean: tuple[float, float, float] | None = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] | None = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name in ("size", "crop_size"):
+            sides = getattr(self, name)
+            if isinstance(sides, list):  # as JSON has it
+                object.__setattr__(self, name, sides := tuple(sides))
+            if name == "size" and isinstance(sides, int):
+                sides = (sides, sides)
+            if sides is not None and not _is_size(sides):
+                raise ValueError(f"{name} is {sides!r}; it must be (H, W) in pixels, each at least 1, or None.")
+        for name, count in (("source_crop", 2), ("mean", 3), ("std", 3)):
+            if (values := getattr(self, name)) is None:
+                continue
+            if len(values) != count or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name} is {values}; it must be {count} finite numbers, or None.")
+            object.__setattr__(self, name, tuple(float(value) for value in values))
+        if self.source_crop is not None and min(self.source_crop) <= 0:
+            raise ValueError(f"source_crop is {self.source_crop}; it must be fractions above 0, as (0.875, 0.875).")
+        if self.resample not in RESAMPLES:
+            near = difflib.get_close_matches(str(self.resample), RESAMPLES, 1)
+            hint = f'Did you mean "{near[0]}"? ' if near else ""
+            raise ValueError(f'resample is "{self.resample}". {hint}Known: {", ".join(RESAMPLES)}.')
+        if not self.antialias and (self.resample != "bilinear" or not isinstance(self.size, tuple)):
+            raise ValueError(
+                f'antialias=False goes with resample "bilinear" and size (H, W), not "{self.resample}" and {self.size}.'
+            )
+        if self.crop_rounding not in ("down", "half_even"):
+            raise ValueError(f'crop_rounding is "{self.crop_rounding}". Known: down, half_even.')
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean is {self.mean} and std is {self.std}; give both or neither.")
+        if self.std is not None and 0 in self.std:
+            raise ValueError(f"std is {self.std}; pixels cannot be divided by 0.")
+
+    @classmethod
+    def jax_squash(cls, image_size: int | tuple[int, int] = 224) -> "PreprocessConfig":
+        """The JAX release: the whole image squashed to `image_size` without antialiasing, (x − 127.5) / 127.5."""
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        half = (127.5, 127.5, 127.5)
+        return cls(size=size, antialias=False, rescale_factor=None, mean=half, std=half)
+
+    @classmethod
+    def timm_crop(
+        cls,
+        image_size: int = 224,
+        *,
+        crop_pct: float = 0.9,
+        resample: Resample = "bicubic",
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    ) -> "PreprocessConfig":
+        """timm's evaluation: the shorter edge to `image_size / crop_pct`, then the centre `image_size` square."""
+        return cls(
+            size=math.floor(image_size / crop_pct),
+            crop_size=(image_size, image_size),
+            crop_rounding="half_even",
+            resample=resample,
+            mean=mean,
+            std=std,
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the pixels.
+
+        Raises:
+            ValueError: the images keep sizes of their own, so they have no common one.
+        """
+        if self.crop_size is not None:
+            return self.crop_size
+        if isinstance(self.size, tuple):
+            return self.size
+        raise ValueError(
+            f"with size={self.size} and no crop_size every image keeps a size of its own. "
+            "Set size=(H, W) or crop_size=(H, W)."
+        )
+
+    def __call__(self, source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+        """Pixels (3, H, W) float32 of one image; see `decode` for what an image may be, and for its errors."""
+        return self.normalise(self.resize(decode(source, max_pixels=max_pixels)))
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """Resized and cropped (H, W, 3): uint8, or float32 in 0..255 without antialias.
+
+        Args:
+            image: upright RGB, as `decode` gives it.
+        Raises:
+            ImageTooLarge: so thin an image that with its shorter edge at `size` it would have over MAX_PIXELS.
+        """
+        if self.source_crop is not None:
+            short = min(image.size)
+            height, width = (max(1, int(fraction * short)) for fraction in self.source_crop)
+            # not Image.crop: it warns on large ones
+            image = Image.fromarray(np.ascontiguousarray(_centre_crop(np.asarray(image), (height, width), "down")))
+        if self.size is None:
+            pixels = np.asarray(image)
+        elif not self.antialias:
+            pixels = _resize_tensorflow(np.asarray(image), self.size)  # type: ignore[arg-type]  # checked above
+        else:
+            height, width = self._resized(image)
+            pixels = np.asarray(image.resize((width, height), Image.Resampling(RESAMPLES.index(self.resample))))
+        if self.crop_size is not None:
+            pixels = _centre_crop(pixels, self.crop_size, self.crop_rounding)
+        return pixels
+
+    def normalise(self, pixels: np.ndarray) -> Tensor:
+        """(H, W, 3), as `resize` gives it, to (3, H, W) float32, contiguous."""
+        if pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"pixels have shape {pixels.shape}; they must be (H, W, 3).")
+        if pixels.dtype != np.uint8:
+            return torch.from_numpy(np.ascontiguousarray(self._normalise(pixels.transpose(2, 0, 1))))
+        table = _normalised_bytes(self)
+        out = np.empty((3, *pixels.shape[:2]), np.float32)
+        for channel in range(3):
+            np.take(table[channel], pixels[..., channel], out=out[channel], mode="clip")  # "raise" would copy
+        return torch.from_numpy(out)
+
+    def spec(self) -> dict[str, Any]:
+        """Every field as JSON has it; `from_spec` is the inverse."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> "PreprocessConfig":
+        """
+        Raises:
+            ValueError: an unknown key, or a value out of range.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in spec:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f'Did you mean "{near[0]}"? ' if near else ""
+                raise ValueError(f'no preprocessing field "{key}". {hint}Known: {", ".join(known)}.')
+        return cls(**spec)
+
+    def hash(self) -> str:
+        """16 hex digits, the same on every machine: results carry them to say how their pixels were made."""
+        return hashlib.sha256(json.dumps(self.spec(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        if isinstance(self.size, tuple):
+            return self.size
+        assert self.size is not None
+        short, long = sorted(image.size)
+        grown = int(self.size * long / short)
+        if self.size * grown > MAX_PIXELS:
+            raise ImageTooLarge(
+                f"{image.width} × {image.height} pixels: with the shorter edge at {self.size} the longer would be "
+                f"{grown:,}. Crop the image first."
+            )
+        return (grown, self.size) if image.width <= image.height else (self.size, grown)
+
+    def _normalise(self, values: np.ndarray) -> np.ndarray:
+        """(3, …) of any real type to float32, in the operations and precisions of transformers."""
+        if self.rescale_factor is not None:
+            values = values.astype(np.float64) * self.rescale_factor
+        values = values.astype(np.float32)
+        if self.mean is not None:
+            mean, std = (np.array(x, np.float32).reshape(3, *[1] * (values.ndim - 1)) for x in (self.mean, self.std))
+            values = (values - mean) / std
+        return values
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
+
+
+@lru_cache(maxsize=32)
+def _normalised_bytes(config: PreprocessConfig) -> np.ndarray:
+    """(3, 256) float32: what each byte becomes. Looking it up is exact, and faster than computing."""
+    return config._normalise(np.broadcast_to(np.arange(256), (3, 256)))
+
+
+def _centre_crop(pixels: np.ndarray, size: tuple[int, int], rounding: str) -> np.ndarray:
+    """The centre of (H, W, 3), a view; with black around it where the image is smaller."""
+    (top, bottom), (left, right) = (
+        _centre(length, crop, rounding) for length, crop in zip(pixels.shape[:2], size, strict=True)
+    )
+    inside = pixels[max(top, 0) : bottom, max(left, 0) : right]
+    if inside.shape[:2] == size:
+        return inside
+    canvas = np.zeros((*size, 3), pixels.dtype)
+    top, left = max(-top, 0), max(-left, 0)
+    canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    return canvas
+
+
+def _centre(length: int, crop: int, rounding: str) -> tuple[int, int]:
+    """Start and stop of the crop on one axis; start is negative where the image is shorter."""
+    margin = length - crop
+    if rounding == "down":
+        start = margin // 2
+    elif margin >= 0:
+        start = round(margin / 2)  # half goes to the even side
+    else:
+        start = -(-margin // 2)  # torchvision pads the odd pixel behind
+    return start, start + crop
+
+
+def _resize_tensorflow(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 to (*size, 3) float32, as `tf.image.resize`: bilinear, half-pixel centres, no antialiasing."""
+    (top, bottom, down), (left, right, across) = (
+        _taps(length, out) for length, out in zip(pixels.shape[:2], size, strict=True)
+    )
+    down, across = down[:, None, None], across[:, None]
+
+    def blend(rows: np.ndarray) -> np.ndarray:
+        first, second = rows[:, left].astype(np.float32), rows[:, right].astype(np.float32)
+        return first + (second - first) * across
+
+    upper, lower = blend(pixels[top]), blend(pixels[bottom])
+    return upper + (lower - upper) * down
+
+
+def _taps(length: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each output place on one axis: the two places read, and the weight of the second; float32 throughout."""
+    scale = np.float32(length) / np.float32(out)
+    place = (np.arange(out, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    low = np.floor(place)
+    first = np.maximum(low, 0).astype(np.intp)
+    second = np.minimum(np.ceil(place), length - 1).astype(np.intp)
+    return first, second, place - low

@@ -1,0 +1,149 @@
+"""Records → one file: JSON lines, CSV or Parquet, with a sidecar that says what made it."""
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opsin.errors import MissingExtra
+
+Record = dict[str, Any]
+Write = Callable[[Record], None]
+FORMATS = (".jsonl", ".csv", ".parquet")
+ROW_GROUP = 4096  # records per Parquet row group; what a writer holds in memory
+
+
+def json_line(value: Any) -> str:
+    """One value as one line of JSON. Names stay readable; a path that is not UTF-8 is escaped, not lost."""
+    line = json.dumps(value, ensure_ascii=False, default=np.ndarray.tolist)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, default=np.ndarray.tolist)
+    return line
+
+
+@contextmanager
+def writer(path: Path, *, run: Record) -> Iterator[Write]:
+    """Open `path` for records; the suffix decides the format.
+
+    The file appears under its name when the block ends, also when it ends early (Ctrl-C): then with the records
+    written so far, all of them whole. `run` is stored beside it as `<stem>.run.json`, in Parquet also in the schema.
+
+    Raises:
+        ValueError: an unknown suffix.
+        MissingExtra: .parquet without pyarrow.
+        OSError: the folder does not exist or cannot be written.
+    """
+    check_format(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        make = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix]
+        try:
+            with make(temporary, run) as write:
+                yield write
+        finally:
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+            sidecar = path.with_name(f"{path.stem}.run.json")
+            sidecar.write_text(json.dumps(run, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_format(path: Path) -> None:
+    """Raise before any work is done if `path` could not be written."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f'"{path.name}" ends in "{path.suffix}". Known: {", ".join(FORMATS)}.')
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise MissingExtra("pyarrow", "parquet") from None
+
+
+@contextmanager
+def _jsonl(path: Path, run: Record) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8") as file:
+        yield lambda record: print(json_line(record), file=file)
+
+
+@contextmanager
+def _csv(path: Path, run: Record) -> Iterator[Write]:
+    tail = ["width", "height", "ms", "error_type", "error_message"]
+    head = ["path", "ok"] + (["embedding"] if run["task"] == "embed" else ["label", "index", "score", "topk"])
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = csv.DictWriter(file, head + tail)
+        rows.writeheader()
+
+        def write(record: Record) -> None:
+            row = _flat(record)
+            for key in ("topk", "embedding"):
+                if row.get(key) is not None:
+                    row[key] = json_line(row[key])
+            rows.writerow({key: row.get(key) for key in head + tail})
+
+        yield write
+
+
+def _flat(record: Record) -> Record:
+    error = record.get("error") or {}
+    return {**record, "error_type": error.get("type"), "error_message": error.get("message")}
+
+
+@contextmanager
+def _parquet(path: Path, run: Record) -> Iterator[Write]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if run["task"] == "embed":
+        answer = [("embedding", pa.list_(pa.float32(), run["embedding_dim"]))]
+    else:
+        best = pa.struct([("label", pa.string()), ("score", pa.float32()), ("index", pa.int32())])
+        answer = [("label", pa.string()), ("index", pa.int32()), ("score", pa.float32()), ("topk", pa.list_(best))]
+    schema = pa.schema(
+        [
+            ("path", pa.string()),
+            ("ok", pa.bool_()),
+            *answer,
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("ms", pa.float32()),
+            ("error_type", pa.string()),
+            ("error_message", pa.string()),
+        ],
+        metadata={"opsin": json.dumps(run)},
+    )
+    held: list[Record] = []
+    with pq.ParquetWriter(path, schema) as file:
+
+        def flush() -> None:
+            columns = [[row.get(field.name) for row in held] for field in schema]
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            file.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            held.clear()
+
+        def write(record: Record) -> None:
+            row = _flat(record)
+            for key in ("path", "error_message"):  # Parquet text is UTF-8; a file name need not be
+                if row[key] is not None:
+                    row[key] = row[key].encode("utf-8", "backslashreplace").decode()
+            held.append(row)
+            if len(held) == ROW_GROUP:
+                flush()
+
+        try:
+            yield write
+        finally:
+            if held:
+                flush()

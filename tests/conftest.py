@@ -1,0 +1,70 @@
+"""Fixtures shared by the suite: a tiny classifier without weights, the broken files, the optional shared data."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from opsin.checkpoints import Checkpoint, Source
+from opsin.labels import Labels
+from opsin.models.vit import ViT, ViTConfig
+from opsin.pipeline import Classifier
+from opsin.preprocess import PreprocessConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(2)
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def broken_files() -> Callable[[Path, int, int], list[Path]]:
+    """`broken_files(folder, count, seed)`: mutated image files, and good ones among them."""
+    return _module(ROOT / "tests" / "mutations.py").broken_files
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    return ROOT / "examples" / "photos"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The project's data folder, which is not in the repository: OPSIN_SHARED, or ../shared."""
+    folder = Path(os.environ.get("OPSIN_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no shared data: {folder} is not there. Set OPSIN_SHARED to the folder that holds data/.")
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def noisy_checkpoint() -> Checkpoint:
+    """Every parameter is noise: a zero bias or a unit norm would hide a mistake."""
+    torch.manual_seed(0)
+    model = ViT(
+        ViTConfig(image_size=(32, 32), patch_size=8, embed_dim=24, num_layers=2, num_heads=2, mlp_dim=40, num_classes=7)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return Checkpoint(
+        model=model.eval(),
+        preprocess=PreprocessConfig(size=(32, 32)),
+        labels=Labels.from_names([f"class {i}" for i in range(7)]),
+        source=Source("test/noise", None, "", "opsin"),
+    )
+
+
+@pytest.fixture(scope="session")
+def classifier(noisy_checkpoint: Checkpoint) -> Classifier:
+    return Classifier(noisy_checkpoint)

@@ -1,0 +1,180 @@
+"""The command: records, exit codes, streams; the embedded model answers."""
+
+import csv
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+from opsin.cli import DEFAULT_MODEL, main
+from opsin.pipeline import DEFAULT_MODEL as PIPELINE_DEFAULT
+
+
+def opsin(*arguments: object, stdin: bytes | None = None) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def records(result: Result) -> list[dict]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture
+def holiday(photos: Path, tmp_path: Path) -> Path:
+    """A folder with a good photo, a cut one, and something else."""
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    data = (photos / "rocket.jpg").read_bytes()
+    (folder / "1-good.jpg").write_bytes(data)
+    (folder / "2-cut.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "notes.txt").write_text("not asked for")
+    return folder
+
+
+def test_a_pipe_gets_one_json_line_per_image(photos: Path) -> None:
+    result = opsin("classify", photos, "--top-k", 2)
+    assert result.exit_code == 0
+    rows = records(result)
+    assert [Path(row["path"]).name for row in rows] == ["chelsea.png", "coffee.png", "rocket.jpg"]
+    for row in rows:
+        assert set(row) == {"path", "ok", "label", "index", "score", "topk", "width", "height", "ms"}
+        assert len(row["topk"]) == 2
+    assert f"using the embedded {DEFAULT_MODEL}" in result.stderr
+    assert "--model google/vit-large-patch16-224" in result.stderr
+
+
+def test_the_embedded_model_knows_a_cat(photos: Path) -> None:
+    (row,) = records(opsin("classify", photos / "chelsea.png"))
+    assert any("cat" in best["label"] for best in row["topk"])
+    (row,) = records(opsin("classify", photos / "chelsea.png", "--lang", "zh"))
+    assert any("猫" in best["label"] for best in row["topk"])
+
+
+def test_a_bad_image_fails_alone(holiday: Path) -> None:
+    result = opsin("classify", holiday, "gone.jpg", holiday / "notes.txt")
+    assert result.exit_code == 3
+    rows = records(result)
+    assert [row["ok"] for row in rows] == [True, False, False, False]
+    assert [row["error"]["type"] for row in rows[1:]] == ["corrupt", "not_found", "not_an_image"]
+    assert "4 images, 3 failed" in result.stderr
+
+
+def test_paths_on_standard_input(holiday: Path) -> None:
+    lines = f"{holiday}/1-good.jpg\n\n{holiday}\r\n{holiday}/2-cut.jpg\n".encode() + b"odd\xff.jpg\n"
+    result = opsin("classify", "-", stdin=lines)
+    assert result.exit_code == 3
+    rows = records(result)
+    assert [row["path"] for row in rows] == [
+        f"{holiday}/1-good.jpg", str(holiday), f"{holiday}/2-cut.jpg", "odd\udcff.jpg"]  # fmt: skip
+    assert rows[1]["error"]["type"] == "unreadable"  # a folder named by a line is one input, not many
+
+
+def test_result_files(holiday: Path, tmp_path: Path) -> None:
+    assert opsin("classify", holiday, "--out", tmp_path / "r.csv").exit_code == 3
+    with (tmp_path / "r.csv").open() as file:
+        assert [row["ok"] for row in csv.DictReader(file)] == ["True", "False"]
+    result = opsin("embed", holiday, "--out", tmp_path / "f.parquet")
+    assert result.exit_code == 3
+    assert result.stdout == ""
+    vectors = pq.read_table(tmp_path / "f.parquet")["embedding"].to_pylist()
+    assert len(vectors[0]) == 256
+    assert vectors[1] is None
+    run = json.loads((tmp_path / "f.run.json").read_text())
+    assert run["model"] == DEFAULT_MODEL
+    assert run["task"] == "embed"
+    assert len(run["sha256"]) == 64
+    assert run["preprocess_hash"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["classify"], "Missing argument"),
+        (["classify", "a.jpg", "--out", "r.xlsx"], 'ends in ".xlsx". Known: .jsonl, .csv, .parquet'),
+        (["classify", "a.jpg", "--out", "no/such/folder/r.csv"], "does not exist"),
+        (["classify", "-", "a.jpg"], "give it alone"),
+        (["classify", "a.jpg", "--top-k", "0"], "0 is not in the range"),
+        (["classify", "a.jpg", "--dtype", "int3"], "'int3' is not one of"),
+        (["classify", "a.jpg", "--device", "quantum"], "quantum"),
+    ],
+)
+def test_usage_errors(arguments: list[str], message: str) -> None:
+    result = opsin(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_model_that_cannot_be_loaded(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.npz").write_text("<html>")
+    result = opsin("classify", photos, "--model", tmp_path / "m.npz")
+    assert result.exit_code == 4
+    assert result.stderr.startswith("opsin: ")
+    result = opsin("classify", photos, "--model", "opsin/vit-tony")
+    assert result.exit_code == 4
+    assert DEFAULT_MODEL in result.stderr
+
+
+def test_an_empty_folder_is_said(tmp_path: Path) -> None:
+    result = opsin("classify", tmp_path)
+    assert result.exit_code == 0
+    assert "no images in" in result.stderr
+
+
+def test_options_from_the_environment(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPSIN_CLASSIFY_TOP_K", "1")
+    assert len(records(opsin("classify", photos / "coffee.png"))[0]["topk"]) == 1
+
+
+def test_models_lists_the_catalogue() -> None:
+    rows = records(opsin("models"))
+    names = [row["name"] for row in rows]
+    assert DEFAULT_MODEL == PIPELINE_DEFAULT
+    assert {DEFAULT_MODEL, "google/vit-large-patch16-224"} <= set(names)
+    assert set(rows[0]) == {"name", "task", "params", "licence", "top-1 %", "cached", "source"}
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """Standard output and error as a person sees them."""
+    outer, inner = pty.openpty()
+    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    command = [sys.executable, "-m", "opsin", *arguments]
+    with subprocess.Popen(command, stdout=inner, stderr=inner, stdin=inner, env=environment) as process:
+        os.close(inner)
+        seen = b""
+        while True:
+            try:
+                piece = os.read(outer, 4096)
+            except OSError:
+                break
+            if not piece:
+                break
+            seen += piece
+    os.close(outer)
+    assert process.returncode == 0
+    return seen.decode()
+
+
+def test_a_terminal_gets_a_table(photos: Path) -> None:
+    seen = on_a_terminal("classify", str(photos / "chelsea.png"), str(photos / "coffee.png"), "--top-k", "2")
+    assert "chelsea.png" in seen
+    assert "%" in seen
+    assert '{"path"' not in seen
+    assert "2 images, 0 failed" in seen
+
+
+def test_a_closed_pipe_is_no_error(photos: Path) -> None:
+    classify = f"{sys.executable} -m opsin classify {photos} {photos} {photos} --batch-size 1"
+    command = f"{classify} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    line, status = result.stdout.splitlines()
+    assert json.loads(line)["ok"]
+    assert status == "0"
+    assert "Traceback" not in result.stderr

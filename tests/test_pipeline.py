@@ -1,0 +1,164 @@
+"""What a user holds: single, batch and stream agree, and bad input fails alone."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import opsin
+from opsin.checkpoints import Checkpoint
+from opsin.errors import ImageCorrupt, ImageNotFound, NoHead
+from opsin.models.vit import ViT
+from opsin.pipeline import Classifier
+from opsin.preprocess import ImageSource
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    array = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(array)
+
+
+def encoded(seed: int) -> bytes:
+    file = io.BytesIO()
+    picture(seed).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_one_image_gives_its_best_labels(classifier: Classifier) -> None:
+    best = classifier(picture(0), top_k=3)
+    assert len(best) == 3
+    assert set(best[0]) == {"label", "score", "index"}
+    probs = torch.softmax(classifier.model(classifier.preprocess(picture(0))[None]), dim=1)[0]
+    assert best[0]["index"] == int(probs.argmax())
+    assert best[0]["label"] == f"class {best[0]['index']}"
+    assert best[0]["score"] == pytest.approx(float(probs.max()), abs=1e-6)
+
+
+def test_a_list_gives_a_list_of_such_lists(classifier: Classifier) -> None:
+    many = classifier([picture(0), picture(1)], top_k=2)
+    assert len(many) == 2
+    for got, single in zip(many, [classifier(picture(i), top_k=2) for i in (0, 1)], strict=True):
+        assert [x["index"] for x in got] == [x["index"] for x in single]
+
+
+def test_every_kind_of_image_is_the_same_image(classifier: Classifier, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(encoded(5))
+    array = np.asarray(picture(5))
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    sources: list[ImageSource] = [str(path), path, encoded(5), picture(5), array, tensor]
+    logits = classifier.logits(sources)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (6, 7)
+    assert torch.equal(logits, logits[:1].expand(6, -1))
+    assert torch.equal(classifier.logits(np.stack([array, array])), logits[:2])
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds=st.lists(st.integers(0, 99), min_size=1, max_size=9), batch_size=st.integers(1, 5))
+def test_batch_row_equals_single_run(classifier: Classifier, seeds: list[int], batch_size: int) -> None:
+    pictures = [picture(seed) for seed in seeds]
+    records = list(classifier.stream(pictures, batch_size=batch_size, embed=True))
+    for row, image, record in zip(classifier.logits(pictures), pictures, records, strict=True):
+        assert torch.allclose(row, classifier.logits(image)[0], atol=1e-5)
+        assert np.allclose(record["embedding"], classifier.embed(image)[0], atol=1e-5)
+
+
+def test_embed_is_the_final_norm_class_token(classifier: Classifier) -> None:
+    model = classifier.model
+    assert isinstance(model, ViT)
+    with torch.inference_mode():
+        tokens = model.encode(model.embed(classifier.preprocess(picture(3))[None]))
+    features = classifier.embed(picture(3))
+    assert features.shape == (1, 24)
+    assert features.dtype == np.float32
+    assert np.allclose(features, tokens[:, 0].numpy(), atol=1e-6)
+
+
+def test_stream_gives_one_record_per_input_in_order(classifier: Classifier) -> None:
+    records = list(classifier.stream([picture(1), b"", "nowhere.jpg", encoded(2)[:-40], picture(3)], batch_size=2))
+    assert [record["path"] for record in records] == ["image[0]", "image[1]", "nowhere.jpg", "image[3]", "image[4]"]
+    assert [record["ok"] for record in records] == [True, False, False, False, True]
+    assert [record["error"]["type"] for record in records if not record["ok"]] == [
+        "not_an_image",
+        "not_found",
+        "corrupt",
+    ]
+    for record, seed in ((records[0], 1), (records[4], 3)):
+        assert record["index"] == classifier(picture(seed))[0]["index"]
+        assert record["topk"][0]["score"] == record["score"]
+        assert (record["width"], record["height"]) == (40, 30)
+
+
+def test_stream_reads_no_further_ahead_than_three_batches(classifier: Classifier) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Image.Image]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield picture(taken % 7)
+
+    stream = classifier.stream(endless(), batch_size=4)
+    for _ in range(21):
+        next(stream)
+    stream.close()
+    assert taken <= 24 + 3 * 4
+
+
+def test_a_bad_image_in_a_call_is_raised(classifier: Classifier) -> None:
+    with pytest.raises(ImageNotFound, match="nowhere.jpg"):
+        classifier("nowhere.jpg")
+    with pytest.raises(ImageCorrupt):
+        classifier([picture(0), encoded(2)[:-40]])
+    with pytest.raises(ValueError, match="no images: the list is empty"):
+        classifier([])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        next(classifier.stream([picture(0)], batch_size=0))
+
+
+def test_without_a_head_there_are_features_and_no_labels(noisy_checkpoint: Checkpoint) -> None:
+    from dataclasses import replace
+
+    assert isinstance(noisy_checkpoint.model, ViT)
+    body = ViT(replace(noisy_checkpoint.model.config, num_classes=0))
+    embedder = Classifier(replace(noisy_checkpoint, model=body, labels=None))
+    pixels = embedder.preprocess(picture(0))[None]
+    assert torch.equal(embedder.model(pixels).detach(), torch.from_numpy(embedder.embed(picture(0))))
+    with pytest.raises(NoHead, match="test/noise has no classification head"):
+        embedder(picture(0))
+    with pytest.raises(NoHead):
+        next(embedder.stream([picture(0)]))
+
+
+def test_load_names_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match='dtype is "int3". Known: "auto", "fp32".'):
+        opsin.load(dtype="int3")
+    with pytest.raises(ValueError, match='lang is "fr"'):
+        opsin.load(lang="fr")
+
+
+@pytest.mark.slow
+def test_two_thousand_broken_files(
+    classifier: Classifier, broken_files: Callable[[Path, int, int], list[Path]], tmp_path: Path
+) -> None:
+    """One record per file, in order, and every answer is the one its own bytes give alone."""
+    paths = broken_files(tmp_path, 2000, 0)
+    records = list(classifier.stream(paths, batch_size=32))
+    assert [record["path"] for record in records] == [str(path) for path in paths]
+    good = [record for record in records if record["ok"]]
+    assert 200 < len(good) < 1900
+    for record in good:
+        alone = classifier.logits(record["path"])[0].softmax(0)
+        assert record["score"] == pytest.approx(float(alone.max()), abs=1e-5)
+        assert float(alone[record["index"]]) == pytest.approx(float(alone.max()), abs=1e-5)
+    for record in records:
+        if not record["ok"]:
+            assert record["error"]["type"] in {"not_found", "unreadable", "not_an_image", "corrupt", "too_large"}
+            assert record["error"]["message"]

@@ -1,0 +1,549 @@
+"""decode: whatever comes in is upright RGB or an ImageError. PreprocessConfig: what it refuses, and how it is named."""
+
+import http.server
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, TiffImagePlugin
+
+from opsin import preprocess
+from opsin.checkpoints.processors import read_hf, read_timm, write_hf
+from opsin.errors import ImageCorrupt, ImageError, ImageNotFound, ImageTooLarge, ImageUnreadable, NotAnImage
+from opsin.preprocess import PreprocessConfig, decode, is_image_name
+
+NOISE = np.random.default_rng(0).integers(0, 256, (7, 11, 3), np.uint8)
+PICTURE = Image.fromarray(NOISE)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def array(source: Any) -> np.ndarray:
+    image = decode(source)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+# ── what an image may be ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_kind_of_source_is_the_same_image(tmp_path: Path) -> None:
+    path = tmp_path / "misnamed.txt"
+    path.write_bytes(encoded(PICTURE, "PNG"))
+    chw = torch.from_numpy(NOISE).permute(2, 0, 1)
+    alpha = np.dstack([NOISE, np.zeros((7, 11), np.uint8)])
+    data = path.read_bytes()
+    sources = [str(path), path, data, bytearray(data), memoryview(data), PICTURE, Image.open(path), NOISE, chw, alpha]
+    sources += [NOISE.astype(np.uint16) * 257, torch.from_numpy(alpha).permute(2, 0, 1), NOISE[::-1][::-1]]
+    for source in sources:
+        assert np.array_equal(array(source), NOISE)
+
+
+def test_grey_arrays_and_tensors() -> None:
+    grey = NOISE[..., 0]
+    expected = np.dstack([grey] * 3)
+    for source in (grey, grey[..., None], torch.from_numpy(grey.copy()), torch.from_numpy(grey.copy())[None]):
+        assert np.array_equal(array(source), expected)
+
+
+def test_an_upright_rgb_image_is_not_copied() -> None:
+    assert decode(PICTURE) is PICTURE
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_alpha_is_dropped_not_blended(mode: str) -> None:
+    """All of it transparent, and the colours come through."""
+    image = PICTURE.quantize(256) if mode == "P" else PICTURE.convert(mode)
+    expected = np.asarray(image.convert("RGB"))
+    if mode == "P":
+        data = encoded(image, "PNG", transparency=bytes(256))
+    else:
+        image.putalpha(0)
+        data = encoded(image, "PNG")
+    assert np.array_equal(array(data), expected)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled_not_clipped(kind: str, order: str) -> None:
+    values = np.array([[0, 255, 256, 0x1234], [0x7FFF, 0x8000, 0xFEFF, 0xFFFF]], np.uint16)
+    image = Image.frombytes("I;16" if order == "<" else "I;16B", (4, 2), values.astype(f"{order}u2").tobytes())
+    expected = (values >> 8).astype(np.uint8)
+    if kind == "PPM":
+        source: Any = b"P5 4 2 65535\n" + values.astype(">u2").tobytes()
+    else:
+        source = encoded(image, kind)
+    for given in (source, image, values.astype(f"{order}u2"), torch.from_numpy(values)):
+        assert np.array_equal(array(given), np.dstack([expected] * 3))
+
+
+def test_12_bit_tiff_is_scaled_from_12_bits() -> None:
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}  # two pixels: 0xFFF, 0x800
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag == 273 else 3, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<I", 12) + b"\xff\xf8\x00\0" + struct.pack("<H", len(tags)) + entries + b"\0" * 4
+    assert array(data)[0, :, 0].tolist() == [255, 128]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_the_first_frame_is_taken(kind: str) -> None:
+    frames = [Image.new("RGB", (11, 7), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "MPO" else {}
+    got = array(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    assert np.abs(got.astype(int) - [255, 0, 0]).max() < 3
+
+
+def test_cmyk_jpeg() -> None:
+    data = encoded(PICTURE.convert("CMYK"), "JPEG")
+    assert np.array_equal(array(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_avif() -> None:
+    if not AvifImagePlugin.SUPPORTED:
+        pytest.skip("this Pillow is built without AVIF")
+    smooth = Image.linear_gradient("L").resize((32, 24)).convert("RGB")
+    got = array(encoded(smooth, "AVIF", quality=95))
+    assert np.abs(got.astype(int) - np.asarray(smooth)).max() < 12
+
+
+def test_heic() -> None:
+    heif = pytest.importorskip("pillow_heif", reason="the extra `heif` is not installed")
+    stream = io.BytesIO()
+    heif.from_pillow(Image.new("RGB", (64, 48), (200, 40, 90))).save(stream, quality=95)
+    got = array(stream.getvalue())
+    assert got.shape == (48, 64, 3)
+    assert np.abs(got.astype(int) - (200, 40, 90)).max() < 5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(kind: str, orientation: int, tmp_path: Path) -> None:
+    """Held as photographed, each of the eight ways gives the same upright picture: red top left, lime top right."""
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :12], upright[:8, 12:], upright[8:, :12] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    turns: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+        1: lambda x: x,
+        2: np.fliplr,
+        3: lambda x: np.rot90(x, 2),
+        4: np.flipud,
+        5: lambda x: x.swapaxes(0, 1),
+        6: np.rot90,  # stored a quarter turn against the clock
+        7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+        8: lambda x: np.rot90(x, -1),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(turns[orientation](upright)))
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    data = encoded(stored, kind, exif=exif.tobytes(), **options)
+    image = decode(data)
+    assert image.size == (24, 16)
+    assert np.abs(np.asarray(image).astype(int) - upright).max() < 8
+    assert np.array_equal(array(image), np.asarray(image)), "turned twice"
+    assert np.array_equal(array(Image.open(io.BytesIO(data))), np.asarray(image))
+
+
+def test_damaged_exif_leaves_the_pixels() -> None:
+    data = encoded(PICTURE, "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7fgarbage")
+    assert np.array_equal(array(data), NOISE)
+
+
+def test_many_threads_read_the_same(tmp_path: Path) -> None:
+    for index, kind in enumerate(("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")):
+        (tmp_path / str(index)).write_bytes(encoded(PICTURE, kind))
+    paths = sorted(tmp_path.iterdir()) * 20
+    expected = {path: array(path) for path in paths}
+    with ThreadPoolExecutor(8) as pool:
+        for path, got in zip(paths, pool.map(array, paths), strict=True):
+            assert np.array_equal(got, expected[path])
+
+
+def test_image_names() -> None:
+    names: list[str | Path] = ["a.jpg", "b.JPEG", Path("c/d.Webp"), "e.heic", "f.tiff", "g.avif"]
+    assert all(is_image_name(name) for name in names)
+    assert not any(
+        is_image_name(name) for name in ["a.txt", "jpg", ".jpg", "a.jpg.part", "model.safetensors", "x.svg", "y.ico"]
+    )
+
+
+# ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG that ends where its pixels should begin."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return header + struct.pack(">I", 9) + b"IDAT"
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+AVIF = b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif"
+BAD: dict[str, tuple[Any, type[ImageError], str]] = {
+    "empty path": ("", ImageNotFound, "the path is empty"),
+    "no file": ("nowhere/cat.jpg", ImageNotFound, "nowhere/cat.jpg: no such file."),
+    "file as folder": (f"{__file__}/cat.jpg", ImageNotFound, "no such file"),
+    "impossible name": ("a\0b.jpg", ImageNotFound, "the name itself is impossible"),
+    "long name": ("x" * 5000, ImageUnreadable, "name too long"),
+    "directory": (Path(__file__).parent, ImageUnreadable, "a directory, not a file"),
+    "device": ("/dev/null", ImageUnreadable, "a device or pipe, not a file"),
+    "empty": (b"", NotAnImage, "image of 0 bytes: not an image: it is empty"),
+    "text": (b"<html>not found", NotAnImage, r"begins with b'<html>not fo', as none of JPEG, PNG, .*QOI does"),
+    "source code": (__file__, NotAnImage, "test_preprocess.py: not an image"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", NotAnImage, "not an image"),
+    "header only": (png_claiming(5, 5), ImageCorrupt, "a PNG image, damaged or cut short"),
+    "cut jpeg": (
+        encoded(PICTURE, "JPEG")[:-20],
+        ImageCorrupt,
+        "a JPEG image, damaged or cut short: image file is trun",
+    ),
+    "cut avif": (AVIF, ImageCorrupt, "an? AVIF image, damaged"),
+    "too large": (
+        png_claiming(20_000, 10_000),
+        ImageTooLarge,
+        r"20000 × 10000 = 200,000,000 pixels; the limit is 178,9",
+    ),
+    "zero pixels": (Image.new("RGB", (0, 5)), NotAnImage, "0 × 5, no pixels at all"),
+    "none": (None, NotAnImage, "NoneType is not an image. Give a path, a URL"),
+    "list": ([[0]], NotAnImage, "list is not an image"),
+    "float array": (NOISE / 255, NotAnImage, "the array is float64; an image is uint8, 0 to 255. Floats have been pre"),
+    "int array": (NOISE.astype(int), NotAnImage, "the array is int64"),
+    "CHW array": (NOISE.transpose(2, 0, 1), NotAnImage, r"the array has shape \(3, 7, 11\); one image is \(H, W, C\)"),
+    "batch": (NOISE[None], NotAnImage, r"the array has shape \(1, 7, 11, 3\)"),
+    "line": (NOISE[0, 0], NotAnImage, r"the array has shape \(3,\)"),
+    "no rows": (NOISE[:0], NotAnImage, r"the array has shape \(0, 11, 3\)"),
+    "HWC tensor": (torch.from_numpy(NOISE), NotAnImage, r"the tensor has shape \(7, 11, 3\); one image is \(C, H, W\)"),
+    "float tensor": (torch.zeros(3, 7, 11), NotAnImage, "the tensor is float32; an image is uint8"),
+    "bfloat16 tensor": (torch.zeros(3, 7, 11, dtype=torch.bfloat16), NotAnImage, "the tensor cannot be read"),
+    "closed": (Image.open(io.BytesIO(encoded(PICTURE, "PNG")[:-40])), ImageCorrupt, "a PNG image, damaged or cut"),
+}
+
+
+@pytest.mark.parametrize(("source", "error", "message"), BAD.values(), ids=BAD)
+def test_errors(source: Any, error: type[ImageError], message: str) -> None:
+    with pytest.raises(error, match=f"(?i){message}") as caught:
+        decode(source)
+    assert type(caught.value) is error
+
+
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "dangling.jpg").symlink_to("gone.jpg")
+    with pytest.raises(ImageNotFound, match="a link that leads nowhere"):
+        decode(tmp_path / "dangling.jpg")
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(encoded(PICTURE, "PNG"))
+    path.chmod(0)
+    if os.geteuid() == 0:  # who may read it all the same
+
+        def refuse(*args: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ImageUnreadable, match="x.png: Permission denied"):
+        decode(path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SyntaxError, struct.error, ValueError, EOFError, zlib.error, IndexError, OSError, UserWarning, Exception],
+)
+def test_whatever_pillow_raises_is_corruption(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", fail)
+    with pytest.raises(ImageCorrupt, match="a JPEG image, damaged or cut short: [a-zA-Z']+"):
+        decode(encoded(PICTURE, "JPEG"))
+
+
+def test_out_of_memory_and_failing_disks_are_not_corruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise errors.pop()
+
+    errors = [OSError(5, "Input/output error"), MemoryError()]
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", fail)
+    with pytest.raises(ImageTooLarge, match="not enough memory"):
+        decode(encoded(PICTURE, "JPEG"))
+    with pytest.raises(ImageUnreadable, match="Input/output error"):
+        decode(encoded(PICTURE, "JPEG"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "QOI"])
+def test_a_raised_limit_holds_above_pillows_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(PICTURE, kind)
+    for limit in (10, 50):  # Pillow would refuse above twice its limit, and warn above it
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert decode(data, max_pixels=77).size == (11, 7)
+        with pytest.raises(
+            ImageTooLarge, match="11 × 7 = 77 pixels; the limit is 76. If the image is to be trusted, ra"
+        ):
+            decode(data, max_pixels=76)
+        assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize(
+    "source", [NOISE, PICTURE, torch.from_numpy(NOISE).permute(2, 0, 1)], ids=["numpy", "pil", "pt"]
+)
+def test_the_limit_holds_for_images_in_memory(source: Any) -> None:
+    assert decode(source, max_pixels=77).size == (11, 7)
+    with pytest.raises(ImageTooLarge, match="77 pixels; the limit is 76"):
+        decode(source, max_pixels=76)
+
+
+def test_a_bomb_found_by_pillow_alone_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> None:
+        Image._decompression_bomb_check((40_000, 40_000))
+
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "load", fail)
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ImageTooLarge, match="1,600,000,000 pixels; the limit is 178,956,970"):
+        decode(encoded(PICTURE, "TIFF"))
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_heic_and_avif_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageUnreadable, match=r'a HEIC image. pillow-heif is not .* pip install "opsin\[heif\]"'):
+        decode(HEIC)
+    monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+    with pytest.raises(ImageUnreadable, match="an AVIF image, and this Pillow is built without AVIF"):
+        decode(AVIF)
+
+
+@pytest.fixture
+def site() -> Iterator[str]:
+    """A web server with /picture.png, /short (which ends early) and nothing else."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = encoded(PICTURE, "PNG")
+            if self.path not in ("/picture.png", "/short"):
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data if self.path == "/picture.png" else data[:50])
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_urls(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert np.array_equal(array(f"{site}/picture.png"), NOISE)
+    with pytest.raises(ImageUnreadable, match=r"/gone.png: the download failed: HTTP Error 404: Not Found\.$"):
+        decode(f"{site}/gone.png")
+    with pytest.raises(ImageUnreadable, match="it ended after 50 of"):
+        decode(f"{site}/short")
+    with pytest.raises(ImageUnreadable, match="the download failed"):
+        decode("http://127.0.0.1:1/x.png")
+    with pytest.raises(ImageUnreadable, match="the download failed"):
+        decode("http://[broken/x.png")
+    monkeypatch.setattr(preprocess, "MAX_DOWNLOAD_BYTES", 100)
+    with pytest.raises(ImageTooLarge, match="more than 100 bytes, the limit for a download"):
+        decode(f"{site}/picture.png")
+    monkeypatch.setattr(preprocess, "MAX_DOWNLOAD_BYTES", 10**6)
+    monkeypatch.setattr(preprocess, "DOWNLOAD_SECONDS", 0.05)
+    monkeypatch.setattr("time.monotonic", iter(range(99)).__next__)
+    with pytest.raises(ImageUnreadable, match=r"not complete after 0.05 seconds"):
+        decode(f"{site}/picture.png")
+
+
+# ── PreprocessConfig ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "zero size": ({"size": (0, 5)}, r"size is \(0, 5\); it must be \(H, W\) in pixels, each at least 1"),
+    "float size": ({"size": (2.5, 5)}, r"size is \(2.5, 5\)"),
+    "negative edge": ({"size": -3}, "size is"),
+    "crop int": ({"crop_size": 224}, r"crop_size is 224; it must be \(H, W\)"),
+    "resample": ({"resample": "bicubik"}, 'resample is "bicubik". Did you mean "bicubic"\\? Known: nearest, lanczos'),
+    "antialias": ({"antialias": False, "resample": "bicubic"}, 'antialias=False goes with resample "bilinear"'),
+    "antialias edge": ({"antialias": False, "size": 224}, r"and size \(H, W\), not .* and 224"),
+    "rounding": ({"crop_rounding": "up"}, 'crop_rounding is "up". Known: down, half_even'),
+    "mean alone": ({"std": None}, r"mean is \(0.5, 0.5, 0.5\) and std is None; give both or neither"),
+    "two means": ({"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\); it must be 3 finite numbers"),
+    "nan": ({"mean": (0.5, float("nan"), 0.5)}, "mean is .* it must be 3 finite numbers"),
+    "zero std": ({"std": (1, 0, 1)}, r"std is \(1.0, 0.0, 1.0\); pixels cannot be divided by 0"),
+    "source crop": ({"source_crop": (0.5, 0)}, r"source_crop is \(0.5, 0.0\); it must be fractions above 0"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_config_errors(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PreprocessConfig(**fields)
+
+
+def test_spec_and_hash() -> None:
+    """The hashes are written into result files: they may change only when the pixels do."""
+    hashes = {
+        "2ff3ef4a88ea55a8": PreprocessConfig(),
+        "4004b35100641164": PreprocessConfig.jax_squash(384),
+        "1190717eb3bf8291": PreprocessConfig.timm_crop(224),
+    }
+    for expected, config in hashes.items():
+        assert config.hash() == expected
+        assert PreprocessConfig.from_spec(json.loads(json.dumps(config.spec()))) == config
+    whole, real = PreprocessConfig(mean=(0, 0, 0)), PreprocessConfig(mean=(0.0, 0.0, 0.0))
+    assert whole.hash() == real.hash()
+    code = "from opsin.preprocess import PreprocessConfig as P; print(P.timm_crop(224).hash())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == PreprocessConfig.timm_crop(224).hash()
+
+
+def test_an_unknown_key_in_a_spec() -> None:
+    with pytest.raises(
+        ValueError, match='no preprocessing field "resampel". Did you mean "resample"\\? Known: source_crop'
+    ):
+        PreprocessConfig.from_spec({"resampel": "bicubic"})
+
+
+def test_image_size() -> None:
+    assert PreprocessConfig(size=(5, 7)).image_size == (5, 7)
+    assert PreprocessConfig.jax_squash(9).image_size == (9, 9)
+    assert PreprocessConfig.timm_crop(9).image_size == (9, 9)
+    for size in (24, None):
+        with pytest.raises(ValueError, match=f"with size={size} and no crop_size every image keeps a size of its own"):
+            _ = PreprocessConfig(size=size).image_size
+
+
+def test_too_thin_to_resize_by_its_shorter_edge() -> None:
+    thin = Image.new("RGB", (1, 60_000))
+    with pytest.raises(
+        ImageTooLarge, match="1 × 60000 pixels: with the shorter edge at 248 the longer would be 14,880,000"
+    ):
+        PreprocessConfig.timm_crop(224)(thin)
+    assert PreprocessConfig()(thin).shape == (3, 224, 224)
+
+
+def test_jax_squash_by_hand() -> None:
+    """Two pixels to four: half-pixel centres at -0.25, 0.25, 0.75, 1.25; the outer two are held at the edge."""
+    image = Image.fromarray(np.array([[[0] * 3, [200] * 3]], np.uint8))
+    assert PreprocessConfig.jax_squash((1, 4)).resize(image)[0, :, 0].tolist() == [0, 50, 150, 200]
+    assert PreprocessConfig.jax_squash((1, 2))(image)[0, 0].tolist() == [-1, pytest.approx((200 - 127.5) / 127.5)]
+
+
+def test_squash_without_antialias_then_crop() -> None:
+    half = (127.5, 127.5, 127.5)
+    whole = PreprocessConfig(size=(8, 8), antialias=False, rescale_factor=None, mean=half, std=half)
+    cropped = PreprocessConfig(size=(8, 8), antialias=False, rescale_factor=None, mean=half, std=half, crop_size=(4, 6))
+    assert torch.equal(cropped(PICTURE), whole(PICTURE)[:, 2:6, 1:7])
+
+
+def test_pixels_are_float32_contiguous_and_the_bytes_are_bytes() -> None:
+    config = PreprocessConfig.timm_crop(6)
+    resized = config.resize(PICTURE)
+    assert (resized.dtype, resized.shape) == (np.uint8, (6, 6, 3))
+    pixels = config.normalise(resized)
+    assert (pixels.dtype, tuple(pixels.shape), pixels.is_contiguous()) == (torch.float32, (3, 6, 6), True)
+    assert torch.allclose(pixels, torch.from_numpy(resized / 255 - 0.5).permute(2, 0, 1).float() / 0.5)
+    with pytest.raises(ValueError, match=r"pixels have shape \(3, 6, 6\); they must be \(H, W, 3\)"):
+        config.normalise(pixels.numpy())
+
+
+def test_pillow_limit_is_passed_through() -> None:
+    with pytest.raises(ImageTooLarge):
+        PreprocessConfig()(PICTURE, max_pixels=76)
+
+
+# ── checkpoints/processors.py ────────────────────────────────────────────────────────────────────────────────────────
+
+BAD_PROCESSORS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": (
+        {"image_processor_type": "DonutImageProcessor"},
+        '"DonutImageProcessor" is not known. Known: ViTImagePro',
+    ),
+    "pad": ({"do_pad": True}, "ViTImageProcessor with do_pad is not supported"),
+    "longest": (
+        {"size": {"shortest_edge": 5, "longest_edge": 9}},
+        "size is .*; it must be an int, or have height and w",
+    ),
+    "no crop": ({"do_center_crop": True}, "ViTImageProcessor with do_center_crop needs a crop_size"),
+    "crop edge": (
+        {"do_center_crop": True, "crop_size": {"shortest_edge": 5}},
+        "crop_size is .*; here it must be an int",
+    ),
+    "resample": ({"resample": 6}, "resample is 6; known are Pillow's: 0 nearest, 1 lanczos, 2 bilinear"),
+    "mean": ({"image_mean": [0.5, 0.5]}, r"mean or std is \[0.5, 0.5\]; it must have one number per colour"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), BAD_PROCESSORS.values(), ids=BAD_PROCESSORS)
+def test_processor_errors(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            PreprocessConfig.jax_squash(),
+            r"transformers cannot resize without antialiasing.*replace\(config, antialias=Tr",
+        ),
+        (PreprocessConfig.timm_crop(), r'rounds an odd crop margin down, .*replace\(config, crop_rounding="down"\)'),
+        (
+            PreprocessConfig(size=(31, 31), crop_size=(28, 28), crop_rounding="half_even"),
+            "rounds an odd crop margin down",
+        ),
+        (PreprocessConfig(source_crop=(0.9, 0.9), crop_size=(9, 9)), "crops before the resize only for a Perceiver"),
+        (PreprocessConfig(source_crop=(0.123, 0.9)), "source_crop .* is no ratio of whole pixels"),
+    ],
+)
+def test_what_transformers_cannot_express(config: PreprocessConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"input_size": (1, 28, 28)}, r"input_size is \(1, 28, 28\); opsin reads RGB images"),
+        ({"interpolation": "random"}, 'interpolation is "random". Known: nearest'),
+        ({"crop_mode": "border"}, 'crop_mode "border" to 224 × 224 is not supported'),
+        (
+            {"input_size": (3, 224, 192)},
+            'crop_mode "center" to 224 × 192 is not supported. Known: "center" to a square',
+        ),
+    ],
+)
+def test_timm_errors(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_timm(config)
+
+
+def test_decoding_does_not_warn() -> None:
+    """A palette with alpha per entry makes Pillow's convert warn; under `-W error` that would lose a good image."""
+    image = PICTURE.quantize(16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(encoded(image, "PNG", transparency=bytes(range(16))))
+        image.info["transparency"] = bytes(16)
+        decode(image)
+    assert image.info["transparency"] == bytes(16), "the caller's image is not changed"
