@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -68,3 +71,29 @@ def noisy_checkpoint() -> Checkpoint:
 @pytest.fixture(scope="session")
 def classifier(noisy_checkpoint: Checkpoint) -> Classifier:
     return Classifier(noisy_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def on_a_terminal() -> Callable[..., str]:
+    """`on_a_terminal(*arguments)`: what a person sees of `opsin *arguments`, 100 columns wide, without colour."""
+
+    def run(*arguments: str) -> str:
+        outer, inner = pty.openpty()
+        environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+        command = [sys.executable, "-m", "opsin", *arguments]
+        seen = b""
+        with subprocess.Popen(command, stdout=inner, stderr=inner, stdin=inner, env=environment, cwd=ROOT) as process:
+            os.close(inner)
+            while True:
+                try:
+                    piece = os.read(outer, 4096)
+                except OSError:  # the other end is closed: how Linux ends a terminal
+                    break
+                if not piece:
+                    break
+                seen += piece
+        os.close(outer)
+        assert process.returncode in (0, 3), seen.decode()
+        return seen.decode().replace("\r\n", "\n")
+
+    return run

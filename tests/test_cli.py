@@ -2,10 +2,9 @@
 
 import csv
 import json
-import os
-import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -141,28 +140,7 @@ def test_models_lists_the_catalogue() -> None:
     assert set(rows[0]) == {"name", "task", "params", "licence", "top-1 %", "cached", "source"}
 
 
-def on_a_terminal(*arguments: str) -> str:
-    """Standard output and error as a person sees them."""
-    outer, inner = pty.openpty()
-    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, "-m", "opsin", *arguments]
-    with subprocess.Popen(command, stdout=inner, stderr=inner, stdin=inner, env=environment) as process:
-        os.close(inner)
-        seen = b""
-        while True:
-            try:
-                piece = os.read(outer, 4096)
-            except OSError:
-                break
-            if not piece:
-                break
-            seen += piece
-    os.close(outer)
-    assert process.returncode == 0
-    return seen.decode()
-
-
-def test_a_terminal_gets_a_table(photos: Path) -> None:
+def test_a_terminal_gets_a_table(photos: Path, on_a_terminal: Callable[..., str]) -> None:
     seen = on_a_terminal("classify", str(photos / "chelsea.png"), str(photos / "coffee.png"), "--top-k", "2")
     assert "chelsea.png" in seen
     assert "%" in seen

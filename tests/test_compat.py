@@ -19,8 +19,11 @@ from opsin import compat
 from opsin.errors import NoHead
 from opsin.labels import Labels
 
+README = Path(__file__).parents[1] / "README.md"
+HEADING = "## The model card's snippet\n"
+
 CARD = """\
-from opsin.compat import ViTFeatureExtractor, ViTForImageClassification
+from transformers import ViTFeatureExtractor, ViTForImageClassification
 from PIL import Image
 import requests
 
@@ -41,9 +44,8 @@ print("Predicted class:", model.config.id2label[predicted_class_idx])
 
 def card_snippet(readme_text: str) -> str:
     """The ```python block under the README's heading of the model card's snippet."""
-    heading = "## The model card's snippet\n"
-    assert heading in readme_text, f"README has no {heading!r}"
-    section = readme_text.split(heading, 1)[1].split("\n## ", 1)[0]
+    assert HEADING in readme_text, f"README has no {HEADING!r}"
+    section = readme_text.split(HEADING, 1)[1].split("\n## ", 1)[0]
     block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert block, "no ```python block under the heading"
     return block[1]
@@ -312,9 +314,12 @@ def test_heads_of_other_families(family: str, pixels: torch.Tensor, tmp_path: Pa
     reference.save_pretrained(tmp_path)
     ours = compat.ViTForImageClassification.from_pretrained(tmp_path)(pixels).logits
     assert_same(ours, reference(pixels).logits)
-    features = compat.ViTModel.from_pretrained(tmp_path)(pixels).last_hidden_state
-    base = getattr(reference, reference.base_model_prefix)
-    assert_same(features, base(pixels).last_hidden_state)
+    encoder = compat.ViTModel.from_pretrained(tmp_path)
+    expected = getattr(reference, reference.base_model_prefix)(pixels).last_hidden_state
+    assert_same(encoder(pixels).last_hidden_state, expected)
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = getattr(transformers, f"{family}Model").from_pretrained(tmp_path / "encoder")
+    assert_same(again.eval()(pixels).last_hidden_state, expected)
 
 
 @torch.no_grad()
@@ -330,8 +335,14 @@ def test_save_pretrained(model: Any, pixels: torch.Tensor, tmp_path: Path) -> No
 # ── the model card ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_only_the_import_line_is_changed() -> None:
+    snippet = card_snippet(README.read_text(encoding="utf-8"))
+    assert snippet == CARD.replace("from transformers import", "from opsin.compat import")
+
+
 def test_the_cards_snippet_runs(tmp_path: Path) -> None:
     """In a new process, from the hub's id to the printed label; weights and photo come over HTTP from loopback."""
+    snippet = card_snippet(README.read_text(encoding="utf-8"))
     config = vit_config(image_size=224, patch_size=16)
     config.id2label = dict(enumerate(Labels.imagenet_1k().names))
     config.label2id = {name: i for i, name in config.id2label.items()}
@@ -358,18 +369,11 @@ def test_the_cards_snippet_runs(tmp_path: Path) -> None:
             return done.stdout
 
         expected = f"Predicted class: {config.id2label[logits.argmax(-1).item()]}\n"
-        assert run(CARD) == expected
+        assert run(snippet) == expected
         assert len(hub.bodies("model.safetensors")) == 1
         requested = [request.path for request in hub.requests if request.method == "GET"]
         assert "http://images.cocodataset.org/val2017/000000039769.jpg" in requested
         # and pinned to a revision, by then without a hub
-        pinned = CARD.replace("-224')", f"-224', revision='{commit}')")
+        pinned = snippet.replace("-224')", f"-224', revision='{commit}')")
         assert pinned.count(commit) == 2
         assert run(pinned, HF_HUB_OFFLINE="1") == expected
-
-
-def test_card_snippet_is_found() -> None:
-    readme = (
-        f"# opsin\n\n## The model card's snippet\n\nText.\n\n```python\n{CARD}```\n\n## Next\n\n```python\nno\n```\n"
-    )
-    assert card_snippet(readme) == CARD

@@ -67,16 +67,16 @@ class Machine:
     home: Path
     env: dict[str, str]
 
-    def run(self, code: str, *, readers: bool = False, **env: str) -> Answer:
+    def run(self, code: str, env: dict[str, str] | None = None, *, readers: bool = False) -> Answer:
         code = PROLOGUE + code if readers else WITHOUT_READERS + PROLOGUE + code
         done = subprocess.run(
-            [sys.executable, "-c", code], env=self.env | env, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code], env=self.env | (env or {}), capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
         return Answer(**json.loads(done.stdout.splitlines()[-1]), stderr=done.stderr)
 
     def download(self, repo_id: str, revision: str | None = None, **env: str) -> Answer:
-        return self.run(f"report(hub.download, {repo_id!r}, revision={revision!r})", **env)
+        return self.run(f"report(hub.download, {repo_id!r}, revision={revision!r})", env)
 
 
 @pytest.fixture

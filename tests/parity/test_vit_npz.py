@@ -25,7 +25,7 @@ from opsin.preprocess import PreprocessConfig
 Arrays = dict[str, np.ndarray]
 Near = Callable[[Tensor, Tensor], None]
 
-PATCH, DIM, HEADS, HEAD_DIM, MLP, LAYERS, CLASSES, GRID = 5, 22, 2, 11, 29, 3, 7, 3
+PATCH, DIM, HEADS, HEAD_DIM, MLP, LAYERS, CLASSES, GRID = 5, 44, 4, 11, 29, 2, 7, 3
 
 
 def release(style: str, *, pool: str = "tok", pre_logits: bool = False) -> Arrays:
@@ -225,8 +225,16 @@ def test_positions_of_big_vision_before_2022(near: Near, tmp_path: Path) -> None
 def test_fixed_positions_are_not_stored(near: Near, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arrays = release("big_vision", pool="gap")
     del arrays["pos_embedding"]
-    config = npz.infer_config(npz.normalise({n: torch.from_numpy(a) for n, a in arrays.items()}, tmp_path)[0], npz.NEW, tmp_path)
-    assert config.image_size == (220, 220) and "sine-cosine table" in caplog.text
+    model = read(write_npz(tmp_path / "weights.npz", arrays))
+    assert model.config.image_size == (220, 220) and "sine-cosine table" in caplog.text
+    images = np.random.default_rng(2).normal(size=(1, 220, 220, 3)).astype(np.float32)
+    y, x = np.divmod(np.arange(44 * 44), 44)
+    omega = 10_000.0 ** -(np.arange(DIM // 4) / (DIM // 4 - 1))
+    table = np.concatenate([f(a[:, None] * omega) for a in (x, y) for f in (np.sin, np.cos)], axis=1)
+    near(
+        logits(model, images).double(),
+        torch.from_numpy(forward(arrays | {"pos_embedding": table[None]}, images, "gap")),
+    )
 
 
 def test_head_of_zeros_is_no_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

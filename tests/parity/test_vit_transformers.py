@@ -105,9 +105,7 @@ def test_logits_and_attention(name: str, noise: Noise, near: Near, tmp_path: Pat
 
 @pytest.mark.parametrize("name", sorted(CLASSIFIERS.keys() - {"vit, not square"}))  # which transformers cannot resize
 @pytest.mark.parametrize("height, width", [(56, 56), (24, 48)])
-def test_logits_at_another_size(
-    name: str, height: int, width: int, noise: Noise, near: Near, tmp_path: Path
-) -> None:
+def test_logits_at_another_size(name: str, height: int, width: int, noise: Noise, near: Near, tmp_path: Path) -> None:
     kind, config = CLASSIFIERS[name]
     reference = build(noise, kind, **config)
     model = load(save(reference, tmp_path))

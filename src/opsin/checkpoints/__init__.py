@@ -28,7 +28,7 @@ write = native.write
 write_hf = hf.write
 
 EMBEDDED = {"opsin/vit-tiny": "assets/vit-tiny"}  # name → folder inside the package
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class Source:
@@ -96,7 +96,7 @@ def read(name: str, *, revision: str | None = None) -> Checkpoint:
         if not folder.is_dir():
             raise UnknownModel(f"{name} is not in this installation of opsin ({folder} is missing). Reinstall it.")
         return _read(folder, name, None)
-    if path.exists():
+    if name and path.exists():
         return _read(path, name, None)
     if not HUB_ID.fullmatch(name) or path.suffix in files.SUFFIXES:
         raise UnknownModel(_unknown(name))

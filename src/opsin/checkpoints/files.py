@@ -9,7 +9,11 @@ import json
 import logging
 import math
 import os
+import pickle
+import re
+import warnings
 import zipfile
+import zlib
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +39,9 @@ FOLDER_FILES = (  # in the order of preference
 )
 NESTS = ("state_dict", "model", "model_state_dict", "teacher", "student")  # where training scripts put the weights
 WRAPPERS = ("module.", "_orig_mod.", "backbone.")  # DataParallel, torch.compile, DINO and segmentation code
+
+# what the restricted unpickler says of globals and calls outside its list; of mere damage it says other things
+NEEDS_CODE = re.compile(r"unsupported (global|class)|unrecognized function|can only (build|create)|TorchScript", re.I)
 
 MAX_JSON_BYTES = 64 << 20  # a config.json with 21,843 names takes 3 MB; an index of a large model 5 MB
 MAX_EXPANSION = 20  # float weights compress by a few per cent; an all-zero head of 21k classes still stays below this
@@ -112,9 +119,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         index = next(path / name for name in FOLDER_FILES if name.endswith(".index.json") and (path / name).is_file())
         absent = [name for name in _weight_map(index) if name not in tensors]
         if absent:
-            raise CheckpointError(
-                f"{path}: {len(absent)} tensors of the index are in no shard, {absent[0]} among them."
-            )
+            raise CheckpointError(f"{path}: {len(absent)} tensors of its index are in no shard; one is {absent[0]}.")
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors.")
     return tensors
@@ -166,7 +171,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
                 name = member.filename.removesuffix(".npy")
                 with archive.open(member) as file:
                     tensors[name] = _read_array(file, member.file_size, f"{path}: {name}")
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}. Download it again.") from error
     return tensors
 
@@ -211,19 +216,23 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
             with zipfile.ZipFile(path) as archive:
                 _check_expansion(path, archive)
         # training scripts keep their arguments beside the weights; a Namespace is only a bag of values
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols: it reads or it does not
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged archive or pickle fails in torch in any way it likes
-        if "Unsupported" in str(error) or "TorchScript" in str(error):
+        if NEEDS_CODE.search(str(error)):
             raise UnsafeCheckpoint(
                 f"{path} can only be read by executing code that it brings along, which opsin never does. If you trust "
                 "it, load it with PyTorch where it was made and save the weights alone: "
                 'torch.save(model.state_dict(), "weights.pth")'
             ) from error
-        detail = str(error).split("\n", 1)[0][:200] or type(error).__name__
-        raise CheckpointError(f"{path} is truncated, damaged or not a PyTorch file: {detail}") from error
+        # the unpickler's own message would tell the user to execute the file
+        detail = "" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n", 1)[0][:200]
+        raise CheckpointError(
+            f"{path} is truncated, damaged or not a PyTorch file ({detail or type(error).__name__}). Download it again."
+        ) from error
     return _unwrap(content, path)
 
 

@@ -42,6 +42,8 @@ def read(folder: Path, config: dict[str, Any], weights: Path) -> tuple[ViT, Prep
         labels = None if config["labels"] is None else _labels(**config["labels"])
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f'{path}: "preprocess" or "labels" is not what opsin writes: {error}') from error
+    if labels is not None and len(labels) != model_config.num_classes:
+        raise CheckpointError(f"{path} has {len(labels)} labels for {model_config.num_classes} classes.")
     tensors = files.read_tensors(weights)
     own_names = [rules.Rule(name, name) for name in rules.shapes(model_config)]
     return rules.load(tensors, own_names, model_config, str(folder)), preprocess, labels

@@ -86,8 +86,8 @@ class _SkipInitialisation(TorchFunctionMode):
     """Random numbers for tensors without data do nothing, and cost 3 s: torch imports its compiler to find that out."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs or {})
 
 
@@ -178,9 +178,7 @@ def load(foreign: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig
         CheckpointError: naming each tensor that is missing, unexpected or misshapen.
     """
     if config.num_layers > len(foreign):  # also keeps a wild number in a config from building a model of that size
-        raise CheckpointError(
-            f"{where}: the config says {config.num_layers} layers, the file has {len(foreign)} tensors."
-        )
+        raise CheckpointError(f"{where}: {config.num_layers} layers by the config, {len(foreign)} tensors in the file.")
     native, report = convert(foreign, rules, config)
     if report:
         raise CheckpointError(f"{where} does not fit the model that its config describes. {report}.")

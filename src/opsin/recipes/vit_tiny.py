@@ -25,9 +25,9 @@ def recipe() -> TrainConfig:
             pool="mean",
         ),
         phases=(
-            Phase(steps=2600, image_size=48, keep_tokens=24),
-            Phase(steps=2200, image_size=64, keep_tokens=32),
-            Phase(steps=400, image_size=64, keep_tokens=64),
+            Phase(steps=2000, image_size=48, keep_tokens=24),
+            Phase(steps=1700, image_size=64, keep_tokens=32),
+            Phase(steps=300, image_size=64, keep_tokens=64),
         ),
     )
 

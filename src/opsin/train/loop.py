@@ -46,7 +46,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     ema_decay: float = 0.995
     seed: int = 0
-    save_every: int = 750  # steps
+    save_every: int = 500  # steps; also how often the held-out accuracy is measured
 
     @property
     def steps(self) -> int:
@@ -156,7 +156,8 @@ def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT:
             average.update_parameters(model)
             step += 1
 
-            if step % 20 == 0 or step == config.steps:
+            saving = step % config.save_every == 0 or step == config.steps
+            if saving or step % 20 == 0:
                 rate = (step - first) / (time.monotonic() - start)
                 record = {
                     "step": step,
@@ -164,13 +165,13 @@ def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT:
                     "grad_norm": round(float(grad_norm), 3),
                     "images_per_s": round(rate * config.batch_size, 1),
                 }
-                if step % config.save_every == 0 or step == config.steps:
+                if saving:
                     top1, top5 = accuracy(average.module, data)
                     record |= {"top1": round(top1, 4), "top5": round(top5, 4)}
                 print(json.dumps(record), file=metrics, flush=True)
                 eta = (config.steps - step) / rate / 60
                 print(f"{record}  ETA {eta:.0f} min", file=sys.stderr, flush=True)
-            if step % config.save_every == 0 or step == config.steps:
+            if saving:
                 save()
     trained = average.module.eval()
     assert isinstance(trained, ViT)
