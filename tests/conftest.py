@@ -1,13 +1,11 @@
 """Fixtures shared by the suite: a tiny classifier without weights, the broken files, the optional shared data."""
 
-import importlib.util
 import os
 import pty
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -20,20 +18,6 @@ from opsin.preprocess import PreprocessConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
-
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def broken_files() -> Callable[[Path, int, int], list[Path]]:
-    """`broken_files(folder, count, seed)`: mutated image files, and good ones among them."""
-    return _module(ROOT / "tests" / "mutations.py").broken_files
 
 
 @pytest.fixture(scope="session")

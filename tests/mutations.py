@@ -1,8 +1,7 @@
 """Image files, damaged in every way that the wild knows, with whole ones among them.
 
-No test module: `tests/conftest.py` hands `broken_files` out as a fixture. A name says what was done to the file,
-`0012-truncated.gif`; one that ends in six hex digits, `0012-good-5090b0.gif`, is a whole picture of that one colour,
-whatever its extension claims.
+A name says what was done to the file, `0012-truncated.gif`; one that ends in six hex digits, `0012-good-5090b0.gif`,
+is a whole picture of that one colour, whatever its extension claims.
 """
 
 import io

@@ -13,7 +13,8 @@ SOURCE = Path(opsin.__file__).parent
 
 # Imports point down: a file may import what stands on a later row, or in its own folder.
 ROWS = [
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"compat", "recipes"},
     {"train"},
     {"pipeline", "results"},

@@ -442,6 +442,13 @@ def test_too_thin_to_resize_by_its_shorter_edge() -> None:
     assert PreprocessConfig()(thin).shape == (3, 224, 224)
 
 
+@pytest.mark.parametrize("resample", preprocess.RESAMPLES)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (99, 2)])
+def test_a_fraction_of_a_pixel_is_one_pixel(size: tuple[int, int], resample: preprocess.Resample) -> None:
+    config = PreprocessConfig(source_crop=(0.875, 0.01), size=(4, 6), resample=resample)
+    assert torch.equal(config(Image.new("RGB", size, "white")), torch.ones(3, 4, 6))
+
+
 def test_jax_squash_by_hand() -> None:
     """Two pixels to four: half-pixel centres at -0.25, 0.25, 0.75, 1.25; the outer two are held at the edge."""
     image = Image.fromarray(np.array([[[0] * 3, [200] * 3]], np.uint8))

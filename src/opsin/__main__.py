@@ -1,3 +1,3 @@
 from opsin.cli import main
 
-main()
+main(prog_name="opsin")

@@ -58,7 +58,7 @@ def image_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@main.command()
+@main.command(short_help="Name what is in images.")
 @image_options
 @click.option("--top-k", "--topk", type=click.IntRange(1), default=5, show_default=True, help="Labels per image.")
 @click.option("--lang", type=click.Choice(["en", "zh"]), default="en", show_default=True, help="Language of labels.")
@@ -71,14 +71,14 @@ def classify(paths: tuple[str, ...], top_k: int, **options: Any) -> None:
     run(paths, task="classify", top_k=top_k, **options)
 
 
-@main.command()
+@main.command(short_help="Turn images into feature vectors.")
 @image_options
 def embed(paths: tuple[str, ...], **options: Any) -> None:
     """Turn images into feature vectors, for search, clustering or a classifier of your own."""
     run(paths, task="embed", top_k=1, lang="en", **options)
 
 
-@main.command()
+@main.command(short_help="List the known models, or search the hub.")
 @click.option("--hub", "query", metavar="QUERY", help="Search the model hub for fine-tuned classifiers that load.")
 def models(query: str | None) -> None:
     """List the known models, or search the hub; any id listed loads with --model."""
@@ -114,7 +114,7 @@ def cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value / 1e6:.1f}M" if value >= 100_000 else f"{value:,}"
-    return str(value)
+    return str(value).removeprefix("https://").split("/")[0] if str(value).startswith("https://") else str(value)
 
 
 def catalog_rows() -> Iterator[dict[str, Any]]:

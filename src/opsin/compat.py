@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opsin import checkpoints
-from opsin.checkpoints import Checkpoint, files, processors
+from opsin.checkpoints import Checkpoint, files, processors, reader
 from opsin.errors import CheckpointError, NoHead
 from opsin.labels import Labels
 from opsin.models import vit
@@ -79,7 +79,7 @@ class ViTImageProcessor:
         """
         name = os.fspath(name)
         folder = Path(name).expanduser()
-        if not folder.exists() and checkpoints.HUB_ID.fullmatch(name) and name not in checkpoints.EMBEDDED:
+        if not folder.exists() and reader.HUB_ID.fullmatch(name) and name not in reader.EMBEDDED:
             from opsin.checkpoints import hub  # brings huggingface_hub
 
             folder = hub.download(name, revision=revision, weights=False)

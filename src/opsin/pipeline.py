@@ -98,7 +98,7 @@ class Classifier:
         return f"<opsin {self.source.name}: {count / 1e6:.1f}M parameters, {height}×{width} pixels, {head}>"
 
     def __call__(self, images: ImageSource | Sequence[ImageSource], *, top_k: int = 5) -> list[Any]:
-        """The `top_k` best labels of an image, `[{"label", "score", "index"}, ...]`; of a list of images, a list of those.
+        """The `top_k` best labels of an image, `[{"label", "score", "index"}, …]`; of a list, a list of those.
 
         Raises:
             ImageError: an image cannot be read; `stream` gives a record instead.

@@ -391,6 +391,8 @@ class PreprocessConfig:
             if len(values) != count or not all(math.isfinite(value) for value in values):
                 raise ValueError(f"{name} is {values}; it must be {count} finite numbers, or None.")
             object.__setattr__(self, name, tuple(float(value) for value in values))
+        if self.rescale_factor is not None:
+            object.__setattr__(self, "rescale_factor", float(self.rescale_factor))
         if self.source_crop is not None and min(self.source_crop) <= 0:
             raise ValueError(f"source_crop is {self.source_crop}; it must be fractions above 0, as (0.875, 0.875).")
         if self.resample not in RESAMPLES:

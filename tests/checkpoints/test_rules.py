@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ FORMATS: dict[str, tuple[Table, dict[str, st.SearchStrategy]]] = {
         },
     ),
 }
-BASE = {"image_size": (15, 10), "patch_size": 5, "embed_dim": 22, "num_heads": 2, "mlp_dim": 13}
+BASE: dict[str, Any] = {"image_size": (15, 10), "patch_size": 5, "embed_dim": 22, "num_heads": 2, "mlp_dim": 13}
 
 
 def noise(config: ViTConfig) -> dict[str, Tensor]:

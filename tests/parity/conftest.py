@@ -1,5 +1,6 @@
 """References, filled with noise, and how near is near enough."""
 
+import importlib
 from collections.abc import Callable
 from types import ModuleType
 
@@ -44,7 +45,7 @@ def timm() -> ModuleType:
     """timm imports torchvision, whose compiled part fails beside another build of torch: of its operators, unused here,
     the declarations then suffice."""
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

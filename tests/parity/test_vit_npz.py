@@ -1,7 +1,7 @@
 """Google's files: the JAX forward pass stated anew, on the arrays as they are stored, against what opsin reads.
 
-The restatement follows vision_transformer `models_vit.py` and big_vision `models/vit.py` at 64-bit precision, and shares
-nothing with opsin: kernels stay (in, heads, d), positions and class token are joined where those files join them.
+The restatement follows vision_transformer `models_vit.py` and big_vision `models/vit.py` at 64-bit precision, and
+shares nothing with opsin: kernels stay (in, heads, d), positions and class token are joined where those files do it.
 """
 
 import math
@@ -277,7 +277,14 @@ def test_written_file_holds_the_same_arrays(form: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_the_release_has_not_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    settings = {"image_size": (24, 24), "patch_size": 8, "embed_dim": 8, "num_layers": 1, "num_heads": 2, "mlp_dim": 9}
+    settings: dict[str, Any] = {
+        "image_size": (24, 24),
+        "patch_size": 8,
+        "embed_dim": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "mlp_dim": 9,
+    }
     model = ViT(ViTConfig(**settings | {"activation": "gelu_tanh"} | changes))
     with pytest.raises(CheckpointError, match=reason):
         npz.write(tmp_path / "weights.npz", model)

@@ -191,14 +191,19 @@ def test_original_deit_3(timm: ModuleType, noise: Noise, near: Near, tmp_path: P
         near(checkpoint.model(pixels((48, 48))), reference(pixels((48, 48))))
 
 
-@pytest.mark.parametrize("dim, layers, heads", [(192, 12, 3), (384, 12, 6), (768, 12, 12), (1024, 24, 16), (1152, 27, 16),
-    (1280, 32, 16), (1408, 40, 16), (1536, 40, 24), (1664, 48, 16), (1792, 56, 16), (768, 8, 8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "dim, layers, heads",
+    [
+        (192, 12, 3), (384, 12, 6), (768, 12, 12), (1024, 24, 16), (1152, 27, 16), (1280, 32, 16), (1408, 40, 16),
+        (1536, 40, 24), (1664, 48, 16), (1792, 56, 16), (768, 8, 8),
+    ],
+)  # fmt: skip
 def test_heads_of_published_widths(dim: int, layers: int, heads: int) -> None:
     assert names.num_heads(dim, layers) == heads
 
 
 def test_every_architecture_is_read_right_or_refused(timm: ModuleType, tmp_path: Path) -> None:
-    """All of timm's plain ones under names that opsin takes: what shapes do not show (heads, GELU, epsilon, order) is as here."""
+    """What shapes do not show (heads, GELU, epsilon, the order of things) is as here, or the architecture refused."""
     read, refused = 0, 0
     for name in [*timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")]:
         if not names.ARCHITECTURE.fullmatch(name) or any(part in name for part in names.OTHER_MATHS):

@@ -21,8 +21,9 @@ from opsin.preprocess import PreprocessConfig
 Noise = Callable[[nn.Module], None]
 Near = Callable[[Tensor, Tensor], None]
 
-TINY = {
-    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "num_labels": 7, "image_size": 40, "patch_size": 8,
+TINY: dict[str, Any] = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "num_labels": 7,
+    "image_size": 40, "patch_size": 8,
 }  # fmt: skip
 VIT = TINY | {"intermediate_size": 44}
 DINOV2 = TINY | {"mlp_ratio": 3}
@@ -55,7 +56,7 @@ def pixels(height: int, width: int, batch: int = 2) -> Tensor:
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-CLASSIFIERS = {
+CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViTForImageClassification", VIT),
     "vit, no qkv bias": ("ViTForImageClassification", VIT | {"qkv_bias": False}),
     "vit, tanh gelu": ("ViTForImageClassification", VIT | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}),
@@ -67,7 +68,7 @@ CLASSIFIERS = {
     "dinov2 registers": ("Dinov2WithRegistersForImageClassification", DINOV2 | {"num_register_tokens": 5}),
     "dinov2 registers swiglu": ("Dinov2WithRegistersForImageClassification", DINOV2 | {"use_swiglu_ffn": True}),
 }
-HEADLESS = {
+HEADLESS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViTModel", VIT),
     "deit": ("DeiTModel", VIT),
     "dinov2": ("Dinov2Model", DINOV2),

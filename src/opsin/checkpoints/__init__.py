@@ -11,140 +11,29 @@ Only this package knows foreign names. `files.py` gets tensors out of files with
 `rules.py` turns a table of names into a reader and a writer.
 """
 
-import hashlib
-import re
-from dataclasses import dataclass
-from importlib.resources import files as package_files
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from opsin.checkpoints.hf import write as write_hf
+    from opsin.checkpoints.native import write
+    from opsin.checkpoints.reader import Checkpoint, Source, read, read_path
 
-from opsin.checkpoints import files, hf, native, npz, timm
-from opsin.errors import CheckpointError, UnknownModel
-from opsin.labels import Labels
-from opsin.preprocess import PreprocessConfig
+__all__ = ["Checkpoint", "Source", "read", "read_path", "write", "write_hf"]
 
-write = native.write
-write_hf = hf.write
-
-EMBEDDED = {"opsin/vit-tiny": "assets/vit-tiny"}  # name → folder inside the package
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-
-
-class Source:
-    """Where a model came from.
-
-    Args:
-        name: as it was asked for.
-        revision: commit on the hub.
-        path: the folder or file that was read.
-        format: opsin, transformers, timm or npz.
-        files: the weights.
-        sha256: of them, where it is known already.
-    """
-
-    def __init__(
-        self, name: str, revision: str | None, path: str, format: str, files: tuple[Path, ...] = (), sha256: str = ""
-    ) -> None:
-        self.name, self.revision, self.path, self.format, self.files = name, revision, path, format, files
-        self._sha256 = sha256
-
-    @property
-    def sha256(self) -> str:
-        """Of the weight file, in hex; of the listing that `sha256sum` prints where there are several shards.
-
-        Computed when first asked for: 1.2 GB take about a second, which nobody who only wants labels should wait for.
-        """
-        if not self._sha256:
-            digests = [(_sha256(path), path.name) for path in self.files]
-            listing = "".join(f"{digest}  {name}\n" for digest, name in digests)
-            self._sha256 = digests[0][0] if len(digests) == 1 else hashlib.sha256(listing.encode()).hexdigest()
-        return self._sha256
+_HOME = {
+    "Checkpoint": ("reader", "Checkpoint"),
+    "Source": ("reader", "Source"),
+    "read": ("reader", "read"),
+    "read_path": ("reader", "read_path"),
+    "write": ("native", "write"),
+    "write_hf": ("hf", "write"),
+}
 
 
-def _sha256(path: Path) -> str:
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            hasher.update(chunk)
-    return hasher.hexdigest()
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    model: nn.Module  # fp32, on the CPU, in eval mode
-    preprocess: PreprocessConfig
-    labels: Labels | None  # None: no head
-    source: Source
-
-
-def read(name: str, *, revision: str | None = None) -> Checkpoint:
-    """Read a model by name. In this order: an embedded model, a folder or file here, a model of the hub.
-
-    Args:
-        name: `opsin/vit-tiny` | path of a folder or of a .safetensors, .npz, .pth, .pt or .bin file | hub id such as
-            `google/vit-large-patch16-224`.
-        revision: branch, tag or commit on the hub.
-    Raises:
-        UnknownModel: none of these.
-        HubError: the hub could not be reached, or refused.
-        CheckpointError: the files do not fit the model they claim to be.
-    """
-    path = Path(name).expanduser()
-    if name in EMBEDDED:
-        folder = Path(str(package_files("opsin"))) / EMBEDDED[name]
-        if not folder.is_dir():
-            raise UnknownModel(f"{name} is not in this installation of opsin ({folder} is missing). Reinstall it.")
-        return _read(folder, name, None)
-    if name and path.exists():
-        return _read(path, name, None)
-    if not HUB_ID.fullmatch(name) or path.suffix in files.SUFFIXES:
-        raise UnknownModel(_unknown(name))
-    from opsin.checkpoints import hub  # brings huggingface_hub
-
-    folder = hub.download(name, revision=revision)
-    return _read(folder, name, folder.name if folder.parent.name == "snapshots" else revision)
-
-
-def read_path(path: Path) -> Checkpoint:
-    """Read a local folder or file: see `read`."""
-    if not path.exists():
-        raise UnknownModel(_unknown(str(path)))
-    return _read(path, str(path), None)
-
-
-def _unknown(name: str) -> str:
-    from opsin.checkpoints.catalog import nearest
-
-    names = " or ".join(f'"{known}"' for known in nearest(name))
-    hint = f" Did you mean {names}?" if names else ""
-    return (
-        f'no model "{name}": no such file or folder here, and not a hub id (owner/name).{hint} '
-        "`opsin models` lists all."
-    )
-
-
-def _read(path: Path, name: str, revision: str | None) -> Checkpoint:
-    folder = path if path.is_dir() else path.parent
-    described = (folder / "config.json").is_file() and (path.is_dir() or path.name in files.FOLDER_FILES)
-    if described:  # a lone model.safetensors is of use only with the config beside it
-        config = files.read_json(folder / "config.json")
-        reader = next((form for form in (native, timm, hf) if form.claims(config)), None)
-        if reader is None:
-            raise CheckpointError(
-                f'{folder / "config.json"} has none of "format" (opsin), "architecture" (timm) and "model_type" '
-                f"(transformers: {', '.join(hf.MODEL_TYPES)}), so its model is unknown."
-            )
-        path = path if path.suffix in files.SUFFIXES else folder
-        model, preprocess, labels = reader.read(folder, config, path)
-        format = reader.FORMAT
-    elif path.is_dir():
-        raise CheckpointError(f"{path} has no config.json: opsin cannot know the model. Give the weight file itself.")
-    elif path.suffix.lower() == ".npz":
-        model, preprocess, labels = npz.read(path)
-        format = npz.FORMAT
-    else:
-        model, preprocess, labels = timm.read_file(path)
-        format = timm.FORMAT
-    source = Source(name, revision, str(path), format, tuple(files.weight_files(path)))
-    return Checkpoint(model, preprocess, labels, source)
+def __getattr__(name: str) -> Any:
+    """Import on first use: the catalogue and the hub answer without torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'opsin.checkpoints' has no attribute {name!r}. There are {', '.join(__all__)}.")
+    module, attribute = _HOME[name]
+    return getattr(import_module(f"opsin.checkpoints.{module}"), attribute)

@@ -42,6 +42,7 @@ WRAPPERS = ("module.", "_orig_mod.", "backbone.")  # DataParallel, torch.compile
 
 # what the restricted unpickler says of globals and calls outside its list; of mere damage it says other things
 NEEDS_CODE = re.compile(r"unsupported (global|class)|unrecognized function|can only (build|create)|TorchScript", re.I)
+PLAIN_PICKLES = (b"\x80\x03", b"\x80\x04", b"\x80\x05")  # protocols that PyTorch does not write unless asked to
 
 MAX_JSON_BYTES = 64 << 20  # a config.json with 21,843 names takes 3 MB; an index of a large model 5 MB
 MAX_EXPANSION = 20  # float weights compress by a few per cent; an all-zero head of 21k classes still stays below this
@@ -140,8 +141,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def _check_file(path: Path) -> None:
     """What people have in place of the file they wanted."""
     try:
-        with path.open("rb") as file:
-            head = file.read(512)
+        head = _head(path, 512)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not head:
@@ -150,6 +150,11 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself. Fetch it with: git lfs pull")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path} is a web page, not weights: most likely an error or login page was downloaded.")
+
+
+def _head(path: Path, length: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(length)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -222,7 +227,7 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged archive or pickle fails in torch in any way it likes
-        if NEEDS_CODE.search(str(error)):
+        if NEEDS_CODE.search(str(error)) or _head(path, 2) in PLAIN_PICKLES:
             raise UnsafeCheckpoint(
                 f"{path} can only be read by executing code that it brings along, which opsin never does. If you trust "
                 "it, load it with PyTorch where it was made and save the weights alone: "

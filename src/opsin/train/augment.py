@@ -35,7 +35,7 @@ def random_resized_crop(
 
 
 def drop_tokens(tokens: Tensor, keep: int, *, generator: torch.Generator) -> Tensor:
-    """Keep `keep` of N patch tokens, drawn per image: (B, N, D) → (B, keep, D). Source: Liu et al. 2023, PatchDropout."""
+    """Keep `keep` of N patch tokens, drawn per image (Liu et al. 2023, PatchDropout): (B, N, D) → (B, keep, D)."""
     batch, num, dim = tokens.shape
     if keep >= num:
         return tokens
