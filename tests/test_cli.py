@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
+from hub_server import HubServer
+from opsin import checkpoints
+from opsin.checkpoints import Checkpoint
 from opsin.cli import DEFAULT_MODEL, main
 from opsin.pipeline import DEFAULT_MODEL as PIPELINE_DEFAULT
+from opsin.pipeline import Classifier
 
 
 def opsin(*arguments: object, stdin: bytes | None = None) -> Result:
@@ -55,6 +60,12 @@ def test_the_embedded_model_knows_a_cat(photos: Path) -> None:
     assert any("cat" in best["label"] for best in row["topk"])
     (row,) = records(opsin("classify", photos / "chelsea.png", "--lang", "zh"))
     assert any("猫" in best["label"] for best in row["topk"])
+
+
+@pytest.mark.shared
+def test_the_embedded_model_sees_a_cat_on_the_cards_picture(shared: Path) -> None:
+    (row,) = records(opsin("classify", shared / "coco_000000039769.png"))
+    assert any("cat" in best["label"] for best in row["topk"])
 
 
 def test_a_bad_image_fails_alone(holiday: Path) -> None:
@@ -138,6 +149,36 @@ def test_models_lists_the_catalogue() -> None:
     assert DEFAULT_MODEL == PIPELINE_DEFAULT
     assert {DEFAULT_MODEL, "google/vit-large-patch16-224"} <= set(names)
     assert set(rows[0]) == {"name", "task", "params", "licence", "top-1 %", "cached", "source"}
+
+
+def test_a_model_found_on_the_hub_classifies(noisy_checkpoint: Checkpoint, photos: Path, tmp_path: Path) -> None:
+    """`models --hub` → `classify --model`, online through a mirror, then offline from the cache."""
+    assert noisy_checkpoint.labels
+    folder = tmp_path / "flowers"
+    checkpoints.write_hf(folder, noisy_checkpoint.model, noisy_checkpoint.preprocess, noisy_checkpoint.labels)
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "DO_NOT_TRACK": "1"} | environment
+        return subprocess.run([sys.executable, "-m", "opsin", *arguments], env=env, capture_output=True, text=True)
+
+    classify = ("classify", str(photos / "rocket.jpg"), "--model", "me/flowers")
+    with HubServer() as hub:
+        tags = ["transformers", "safetensors", "vit"]
+        commit = hub.add("me/flowers", folder, tags=tags, pipeline_tag="image-classification", downloads=7)
+        found = run("models", "--hub", "flowers", HF_ENDPOINT=hub.endpoint)
+        (row,) = map(json.loads, found.stdout.splitlines())
+        assert (row["name"], row["architecture"], row["downloads"]) == ("me/flowers", "vit", 7)
+        online = run(*classify, "--out", str(tmp_path / "r.jsonl"), HF_ENDPOINT=hub.endpoint)
+        assert online.returncode == 0, online.stderr
+        assert json.loads((tmp_path / "r.run.json").read_text())["revision"] == commit
+    offline = run(*classify, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    expected = Classifier(noisy_checkpoint)(photos / "rocket.jpg")
+    for answer in (json.loads((tmp_path / "r.jsonl").read_text()), json.loads(offline.stdout)):
+        assert [best["label"] for best in answer["topk"]] == [best["label"] for best in expected]
+    unreachable = run("classify", "x.jpg", "--model", "me/cats", HF_ENDPOINT="http://127.0.0.1:9")
+    assert unreachable.returncode == 4
+    assert "HF_ENDPOINT=https://hf-mirror.com" in unreachable.stderr
 
 
 def test_a_terminal_gets_a_table(photos: Path, on_a_terminal: Callable[..., str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import AvifImagePlugin, Image, JpegImagePlugin, TiffImagePlugin
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from opsin import preprocess
 from opsin.checkpoints.processors import read_hf, read_timm, write_hf
@@ -306,6 +306,17 @@ def test_the_limit_holds_for_images_in_memory(source: Any) -> None:
     assert decode(source, max_pixels=77).size == (11, 7)
     with pytest.raises(ImageTooLarge, match="77 pixels; the limit is 76"):
         decode(source, max_pixels=76)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}], ids=["lossy", "lossless", "extended"]
+)
+def test_webp_is_measured_before_its_canvas_is_allocated(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WebPImagePlugin.WebPImageFile, "_open", None)
+    with pytest.raises(ImageTooLarge, match="11 × 7 = 77 pixels"):
+        decode(encoded(PICTURE, "WEBP", **options), max_pixels=76)
 
 
 def test_a_bomb_found_by_pillow_alone_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from opsin import checkpoints
 from opsin.checkpoints import Checkpoint
-from opsin.errors import ImageError, NoHead
+from opsin.errors import CheckpointError, ImageError, NoHead
 from opsin.labels import top_k as top_k_labels
 from opsin.preprocess import MAX_PIXELS, ImageSource, decode
 
@@ -80,6 +80,10 @@ class Classifier:
     ) -> None:
         self.model: nn.Module = checkpoint.model.eval().to(device)
         self.preprocess = checkpoint.preprocess
+        try:
+            self.image_size = self.preprocess.image_size
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.source.name} cannot take images in batches: {error}") from error
         self.labels = checkpoint.labels
         self.source = checkpoint.source
         self.device = torch.device(device)
@@ -94,7 +98,7 @@ class Classifier:
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.model.parameters())
         head = f"{len(self.labels)} classes" if self.labels else "no head"
-        height, width = self.preprocess.image_size
+        height, width = self.image_size
         return f"<opsin {self.source.name}: {count / 1e6:.1f}M parameters, {height}×{width} pixels, {head}>"
 
     def __call__(self, images: ImageSource | Sequence[ImageSource], *, top_k: int = 5) -> list[Any]:

@@ -245,6 +245,12 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path) -> None:
         files.read_tensors(tmp_path)
 
 
+def test_written_weights_have_the_mode_of_any_file(tmp_path: Path) -> None:
+    files.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_writing_replaces_whole_files_only(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     files.write_json(path, {"a": 1})

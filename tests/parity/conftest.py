@@ -8,6 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+# timm and, where it is installed, transformers import torchvision, whose compiled part does not load beside a torch of
+# another build (the CPU's). Of its operators, which no test calls, the declarations then suffice.
+TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+try:
+    importlib.import_module("torchvision")
+except RuntimeError:
+    TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+except ModuleNotFoundError:
+    pass  # the tests against timm will say so
+
 
 def fill_with_noise(model: nn.Module) -> None:
     """Every parameter: zero biases and unit norms would hide swapped rows. Scaled so that activations stay near one."""
@@ -42,14 +53,4 @@ def near() -> Callable[[Tensor, Tensor], None]:
 
 @pytest.fixture(scope="session")
 def timm() -> ModuleType:
-    """timm imports torchvision, whose compiled part fails beside another build of torch: of its operators, unused here,
-    the declarations then suffice."""
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm
-
-    return timm
+    return importlib.import_module("timm")

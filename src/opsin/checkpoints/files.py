@@ -299,4 +299,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A .safetensors file. The metadata is what transformers asks for."""
     with replacing(path) as part:
+        part.touch()
+        mode = part.stat().st_mode  # that of any new file; safetensors would keep it from everybody else
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
+        part.chmod(mode)

@@ -26,8 +26,8 @@ def recipe() -> TrainConfig:
         ),
         phases=(
             Phase(steps=2000, image_size=48, keep_tokens=24),
-            Phase(steps=1700, image_size=64, keep_tokens=32),
-            Phase(steps=300, image_size=64, keep_tokens=64),
+            Phase(steps=1400, image_size=64, keep_tokens=32),
+            Phase(steps=200, image_size=64, keep_tokens=64),
         ),
     )
 
