@@ -1,5 +1,6 @@
 """Fixtures shared by the suite: a tiny classifier without weights, the broken files, the optional shared data."""
 
+import importlib
 import os
 import pty
 import subprocess
@@ -18,6 +19,15 @@ from opsin.preprocess import PreprocessConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
+
+# timm and, where it is installed, transformers import torchvision, whose compiled part does not load beside a torch of
+# another build (the CPU's). Of its operators, which no test calls, the declarations then suffice.
+TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+try:
+    importlib.import_module("torchvision")
+except RuntimeError:
+    TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture(scope="session")

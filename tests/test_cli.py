@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,3 +199,36 @@ def test_a_closed_pipe_is_no_error(photos: Path) -> None:
     assert json.loads(line)["ok"]
     assert status == "0"
     assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_keeps_the_records_so_far(photos: Path, tmp_path: Path) -> None:
+    """The second path never comes: the command waits on standard input when the signal arrives."""
+    out = tmp_path / "r.jsonl"
+    command = [sys.executable, "-m", "opsin", "classify", "-", "--batch-size", "1", "--out", str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stderr
+        process.stdin.write(f"{photos}/rocket.jpg\n".encode() * 4)
+        process.stdin.flush()
+        process.stderr.readline()  # the model is loaded
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size for path in tmp_path.glob(".r.jsonl.*")) and time.monotonic() < deadline:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.stdin.close()
+        process.stdin = None
+        message = process.stderr.read().decode()
+        assert process.wait() == 130
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) >= 1
+    assert all(row["ok"] for row in rows)
+    assert f"interrupted after {len(rows)} images; their records are in {out}" in message
+
+
+def test_a_result_file_that_cannot_be_written_is_said(photos: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full, the disk that is always full")
+    command = f"{sys.executable} -m opsin classify {photos} > /dev/full"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "standard output cannot be written: No space left on device" in result.stderr

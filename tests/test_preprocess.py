@@ -512,6 +512,12 @@ BAD_PROCESSORS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_a_null_value_is_the_default() -> None:
+    nulls = dict.fromkeys(["size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std"])
+    deit = {"image_processor_type": "DeiTImageProcessor"}
+    assert read_hf(deit | nulls) == read_hf(deit)
+
+
 @pytest.mark.parametrize(("config", "message"), BAD_PROCESSORS.values(), ids=BAD_PROCESSORS)
 def test_processor_errors(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,7 +1,9 @@
 """Arguments in, one function called, text or JSON out. The only file that parses, prints and exits."""
 
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from opsin import __version__
 if TYPE_CHECKING:
     from opsin.pipeline import Classifier
 
-ALL_GOOD, SOME_FAILED, MODEL_FAILED = 0, 3, 4  # 2, usage, is click's own
+ALL_GOOD, SOME_FAILED, MODEL_FAILED, INTERRUPTED = 0, 3, 4, 130  # 2, usage, is click's own
 DEFAULT_MODEL = "opsin/vit-tiny"  # equal to pipeline.DEFAULT_MODEL, which would import torch
 
 
@@ -164,6 +166,7 @@ def run(
     if paths.count("-") and len(paths) > 1:
         raise click.UsageError("- reads every path from standard input; give it alone.")
 
+    counts = {"images": 0, "failed": 0}
     try:
         classifier = load_model(lang=lang, **options)
         images: Iterable[str]
@@ -172,7 +175,6 @@ def run(
         else:
             images, total = find_images(paths), sum(1 for _ in find_images(paths))
         records = classifier.stream(images, batch_size=batch_size, top_k=top_k, embed=task == "embed")
-        counts = {"images": 0, "failed": 0}
         with ExitStack() as stack:
             if out is not None:
                 write = stack.enter_context(writer(out, run=describe(classifier, task=task)))
@@ -193,8 +195,14 @@ def run(
     except (ModelError, NoHead, MissingExtra) as error:
         fail(error)
     except BrokenPipeError:  # `opsin … | head`: the reader has what it wanted
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         sys.exit(ALL_GOOD)
+    except KeyboardInterrupt:
+        where = f"; their records are in {out}" if out and counts["images"] else ""
+        click.echo(f"opsin: interrupted after {counts['images']} images{where}", err=True)
+        sys.exit(INTERRUPTED)
+    except OSError as error:  # of the result file: unreadable inputs are records
+        raise click.ClickException(f"{out or 'standard output'} cannot be written: {error.strerror or error}") from None
     if not counts["images"]:
         click.echo(f"opsin: no images in {', '.join(paths)}", err=True)
     sys.exit(SOME_FAILED if counts["failed"] else ALL_GOOD)
@@ -239,8 +247,6 @@ def describe(classifier: "Classifier", *, task: str) -> dict[str, Any]:
 
 def stdin_paths() -> Iterator[str]:
     """One path a line; bytes that are not UTF-8 survive. A folder named here is one input, and so one error."""
-    import os
-
     for line in sys.stdin.buffer:
         if path := line.rstrip(b"\r\n"):
             yield os.fsdecode(path)
@@ -263,8 +269,6 @@ def show(record: dict[str, Any]) -> None:
 @contextmanager
 def progress(total: int | None) -> Iterator[Callable[[dict[str, int]], None]]:
     """Images/s, errors and ETA on standard error: a bar on a terminal; a line a minute and a last one elsewhere."""
-    import time
-
     start = last = time.monotonic()
     seen = {"images": 0, "failed": 0}
 

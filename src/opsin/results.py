@@ -74,7 +74,7 @@ def check_format(path: Path) -> None:
 
 @contextmanager
 def _jsonl(path: Path, run: Record) -> Iterator[Write]:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", buffering=1) as file:  # a line at a time: it can be followed as it grows
         yield lambda record: print(json_line(record), file=file)
 
 

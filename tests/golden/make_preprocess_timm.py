@@ -18,7 +18,7 @@ CONFIGS = [
     {"input_size": [3, 32, 32], "crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3},
     {"input_size": [3, 29, 29], "crop_pct": 0.875, "interpolation": "bilinear"},
     {"input_size": [3, 24, 24], "crop_pct": 1.0},
-    {"input_size": [3, 31, 23], "crop_pct": 0.9, "crop_mode": "squash", "interpolation": "lanczos"},
+    {"input_size": [3, 23, 32], "crop_pct": 0.9, "crop_mode": "squash", "interpolation": "lanczos"},
     {"input_size": [3, 24, 40], "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "nearest"},
 ]
 SIZES = [(1, 50), (61, 37), (37, 61), (32, 32), (53, 59), (97, 35), (30, 30), (200, 101)]  # height, width

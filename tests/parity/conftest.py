@@ -8,17 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-# timm and, where it is installed, transformers import torchvision, whose compiled part does not load beside a torch of
-# another build (the CPU's). Of its operators, which no test calls, the declarations then suffice.
-TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
-try:
-    importlib.import_module("torchvision")
-except RuntimeError:
-    TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-except ModuleNotFoundError:
-    pass  # the tests against timm will say so
-
 
 def fill_with_noise(model: nn.Module) -> None:
     """Every parameter: zero biases and unit norms would hide swapped rows. Scaled so that activations stay near one."""

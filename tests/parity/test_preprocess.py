@@ -36,6 +36,8 @@ CONFIGS = {
     "vit 2021": old_file("ViT", size=24, resample=2, **HALF),
     "vit": file("ViT", size={"height": 24, "width": 40}),
     "vit fast": {"image_processor_type": "ViTImageProcessorFast", "size": 24, "crop_size": None, "do_pad": None},
+    "vit nulls": file("ViT", size=24, do_rescale=None, do_center_crop=None, crop_size=None, do_pad=None),
+    "deit nulls": file("DeiT", size=24, crop_size=22, do_resize=None, do_normalize=None),
     "vit list": file("ViT", size=[24, 32]),
     "vit shortest edge": file("ViT", size={"shortest_edge": 24}),
     "vit crop": file("ViT", size=33, do_center_crop=True, crop_size=28),

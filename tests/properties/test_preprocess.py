@@ -1,7 +1,6 @@
 """Properties of decode and PreprocessConfig that hold for any image and any configuration."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mutations import broken_files
 from opsin.checkpoints.processors import read_hf, write_hf
 from opsin.errors import ImageError
 from opsin.preprocess import RESAMPLES, PreprocessConfig, decode
@@ -122,9 +122,7 @@ def test_any_bytes_are_an_image_or_an_image_error(data: bytes, start: bytes) -> 
 # a damaged file may warn, which is then its error; as by default, warnings are not errors here
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("seed", [1, 2])
-def test_two_thousand_broken_files(
-    seed: int, broken_files: Callable[[Path, int, int], list[Path]], tmp_path: Path
-) -> None:
+def test_two_thousand_broken_files(seed: int, tmp_path: Path) -> None:
     """Every file is an image or an ImageError; a whole one is its own colour; a hopeless one has the right kind."""
     expected: dict[str, set[str]] = {
         "good": {"ok"},

@@ -30,7 +30,8 @@ def read_hf(preprocessor_config: dict[str, Any]) -> PreprocessConfig:
 
     Args:
         preprocessor_config: the parsed file. Without `image_processor_type` or `feature_extractor_type` it is read
-            as a ViT's. As in transformers, null means the default of the class, and unknown keys mean nothing.
+            as a ViT's. As in transformers unknown keys mean nothing and null switches a `do_…` step off; elsewhere null
+            is the default of the class, as in transformers 4 (5 fails there).
     Raises:
         ValueError: another processor, or one of the known asked for something that opsin does not do.
     """
@@ -39,7 +40,9 @@ def read_hf(preprocessor_config: dict[str, Any]) -> PreprocessConfig:
     family = family.replace("FeatureExtractor", "ImageProcessor")
     if family not in _DEFAULTS:
         raise ValueError(f'image processor "{kind}" is not known. Known: {", ".join(_DEFAULTS)}.')
-    values = _DEFAULTS[family] | {key: value for key, value in preprocessor_config.items() if value is not None}
+    values = _DEFAULTS[family] | {
+        key: value for key, value in preprocessor_config.items() if value is not None or key.startswith("do_")
+    }
     if values.get("do_pad"):
         raise ValueError(f"{family} with do_pad is not supported; only resize, centre crop, rescale and normalise are.")
 
