@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ def main() -> None:
     opsin models
     """
     logging.basicConfig(level=logging.WARNING, format="opsin: %(message)s")
+    warnings.filterwarnings("ignore", module="PIL")  # damaged metadata of a file whose pixels are whole
 
 
 def image_options(command: Callable[..., None]) -> Callable[..., None]:
