@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,11 +16,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hub_server import HubServer
+from mutations import broken_files
 from opsin import checkpoints
 from opsin.checkpoints import Checkpoint
 from opsin.cli import DEFAULT_MODEL, main
+from opsin.models.vit import ViT
 from opsin.pipeline import DEFAULT_MODEL as PIPELINE_DEFAULT
 from opsin.pipeline import Classifier
+
+CATS = {"tabby, tabby cat", "Persian cat", "Egyptian cat"}
 
 
 def opsin(*arguments: object, stdin: bytes | None = None) -> Result:
@@ -59,15 +64,15 @@ def test_a_pipe_gets_one_json_line_per_image(photos: Path) -> None:
 
 def test_the_embedded_model_knows_a_cat(photos: Path) -> None:
     (row,) = records(opsin("classify", photos / "chelsea.png"))
-    assert any("cat" in best["label"] for best in row["topk"])
+    assert CATS.intersection(best["label"] for best in row["topk"])
     (row,) = records(opsin("classify", photos / "chelsea.png", "--lang", "zh"))
-    assert any("猫" in best["label"] for best in row["topk"])
+    assert "虎斑猫" in [best["label"] for best in row["topk"]] or "波斯猫" in [best["label"] for best in row["topk"]]
 
 
 @pytest.mark.shared
 def test_the_embedded_model_sees_a_cat_on_the_cards_picture(shared: Path) -> None:
     (row,) = records(opsin("classify", shared / "coco_000000039769.png"))
-    assert any("cat" in best["label"] for best in row["topk"])
+    assert CATS.intersection(best["label"] for best in row["topk"])
 
 
 def test_a_bad_image_fails_alone(holiday: Path) -> None:
@@ -99,7 +104,7 @@ def test_result_files(holiday: Path, tmp_path: Path) -> None:
     vectors = pq.read_table(tmp_path / "f.parquet")["embedding"].to_pylist()
     assert len(vectors[0]) == 256
     assert vectors[1] is None
-    run = json.loads((tmp_path / "f.run.json").read_text())
+    run = json.loads((tmp_path / "f.parquet.run.json").read_text())
     assert run["model"] == DEFAULT_MODEL
     assert run["task"] == "embed"
     assert len(run["sha256"]) == 64
@@ -115,7 +120,9 @@ def test_result_files(holiday: Path, tmp_path: Path) -> None:
         (["classify", "-", "a.jpg"], "give it alone"),
         (["classify", "a.jpg", "--top-k", "0"], "0 is not in the range"),
         (["classify", "a.jpg", "--dtype", "int3"], "'int3' is not one of"),
-        (["classify", "a.jpg", "--device", "quantum"], "quantum"),
+        (["classify", "a.jpg", "--device", "quantum"], 'device "quantum" cannot be used'),
+        (["classify", "a.jpg", "--device", "cuda:77"], 'device "cuda:77" cannot be used'),
+        (["classify", "a.jpg", "--device", "meta"], 'device "meta" holds no numbers'),
     ],
 )
 def test_usage_errors(arguments: list[str], message: str) -> None:
@@ -132,6 +139,25 @@ def test_a_model_that_cannot_be_loaded(photos: Path, tmp_path: Path, monkeypatch
     result = opsin("classify", photos, "--model", "opsin/vit-tony")
     assert result.exit_code == 4
     assert DEFAULT_MODEL in result.stderr
+
+
+def test_a_model_without_head_cannot_classify(noisy_checkpoint: Checkpoint, photos: Path, tmp_path: Path) -> None:
+    assert isinstance(noisy_checkpoint.model, ViT)
+    body = ViT(replace(noisy_checkpoint.model.config, num_classes=0))
+    checkpoints.write(tmp_path / "body", body, noisy_checkpoint.preprocess, None)
+    (tmp_path / "r.jsonl").write_text("yesterday")
+    result = opsin("classify", photos, "--model", tmp_path / "body", "--out", tmp_path / "r.jsonl")
+    assert result.exit_code == 4
+    assert "has no classification head" in result.stderr
+    assert (tmp_path / "r.jsonl").read_text() == "yesterday"
+    assert opsin("embed", photos, "--model", tmp_path / "body").exit_code == 0
+
+
+def test_two_thousand_broken_files_through_the_command(tmp_path: Path) -> None:
+    paths = broken_files(tmp_path, 2000, 1)
+    result = opsin("classify", "-", "--top-k", 1, stdin="\n".join(map(str, paths)).encode())
+    assert result.exit_code == 3
+    assert [row["path"] for row in records(result)] == [str(path) for path in paths]
 
 
 def test_an_empty_folder_is_said(tmp_path: Path) -> None:
@@ -172,7 +198,7 @@ def test_a_model_found_on_the_hub_classifies(noisy_checkpoint: Checkpoint, photo
         assert (row["name"], row["architecture"], row["downloads"]) == ("me/flowers", "vit", 7)
         online = run(*classify, "--out", str(tmp_path / "r.jsonl"), HF_ENDPOINT=hub.endpoint)
         assert online.returncode == 0, online.stderr
-        assert json.loads((tmp_path / "r.run.json").read_text())["revision"] == commit
+        assert json.loads((tmp_path / "r.jsonl.run.json").read_text())["revision"] == commit
     offline = run(*classify, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     expected = Classifier(noisy_checkpoint)(photos / "rocket.jpg")

@@ -30,8 +30,9 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "opsin":
-            parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
-            found.add(parts[0])
+            found |= {*node.module.split(".")[1:2]} or {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: write imports from opsin in full"
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("opsin.")}
     return found - {"__version__"}

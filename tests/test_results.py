@@ -29,8 +29,8 @@ def test_json_lines(tmp_path: Path) -> None:
     lines = (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()
     assert "虎斑猫" in lines[0]
     assert [json.loads(line) for line in lines] == [GOOD, BAD, VECTOR | {"embedding": [0.5, -2.0]}]
-    assert json.loads((tmp_path / "r.run.json").read_text()) == RUN
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl", "r.run.json"]
+    assert json.loads((tmp_path / "r.jsonl.run.json").read_text()) == RUN
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl", "r.jsonl.run.json"]
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -83,3 +83,28 @@ def test_unknown_format_is_named(tmp_path: Path) -> None:
 def test_a_path_that_is_not_utf8_survives_json() -> None:
     assert json.loads(json_line(BAD))["path"] == "x\udcff.jpg"
     json_line(BAD).encode()
+
+
+def test_an_error_leaves_the_older_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text("yesterday")
+    with pytest.raises(RuntimeError, match="out of memory"), writer(path, run=RUN) as put:
+        put(GOOD)
+        raise RuntimeError("out of memory")
+    assert path.read_text() == "yesterday"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_while_rows_are_written_doubles_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table = pq.ParquetWriter.write_table
+
+    def interrupted(self: pq.ParquetWriter, table: object) -> None:
+        write_table(self, table)
+        monkeypatch.undo()
+        raise KeyboardInterrupt  # where Python delivers a Ctrl-C that came during the call
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", interrupted)
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "r.parquet", run=RUN) as put:
+        for i in range(ROW_GROUP + 1):
+            put(GOOD | {"index": i})
+    assert pq.read_table(tmp_path / "r.parquet")["index"].to_pylist() == list(range(ROW_GROUP))

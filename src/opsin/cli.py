@@ -2,13 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -17,13 +18,15 @@ from opsin import __version__
 if TYPE_CHECKING:
     from opsin.pipeline import Classifier
 
-ALL_GOOD, SOME_FAILED, MODEL_FAILED, INTERRUPTED = 0, 3, 4, 130  # 2, usage, is click's own
+# exit codes; 2, usage, is click's own
+ALL_GOOD, NOT_WRITTEN, SOME_FAILED, MODEL_FAILED, INTERRUPTED = 0, 1, 3, 4, 130
 DEFAULT_MODEL = "opsin/vit-tiny"  # equal to pipeline.DEFAULT_MODEL, which would import torch
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OPSIN", "max_content_width": 100},
-    epilog="Exit codes: 0 all good, 2 usage, 3 some inputs failed, 4 the model could not be loaded. "
+    epilog="Exit codes: 0 all good, 1 the result could not be written, 2 usage, 3 some inputs failed, "
+    "4 the model could not be loaded, 130 interrupted. "
     "Every option can be set by an environment variable: OPSIN_CLASSIFY_TOP_K=3.",
 )
 @click.version_option(__version__, message="opsin %(version)s")
@@ -83,15 +86,17 @@ def embed(paths: tuple[str, ...], **options: Any) -> None:
 
 
 @main.command(short_help="List the known models, or search the hub.")
-@click.option("--hub", "query", metavar="QUERY", help="Search the model hub for fine-tuned classifiers that load.")
-def models(query: str | None) -> None:
+@click.option("--hub", metavar="QUERY", help="Search the model hub for fine-tuned classifiers that load.")
+def models(hub: str | None) -> None:
     """List the known models, or search the hub; any id listed loads with --model."""
     from opsin.errors import OpsinError
 
     try:
-        rows = list(hub_rows(query) if query else catalog_rows())
+        rows = list(catalog_rows() if hub is None else hub_rows(hub))
     except OpsinError as error:
         fail(error)
+    if not rows:
+        say(f'nothing on the hub for "{hub}" that opsin can load')
     if not sys.stdout.isatty():
         from opsin.results import json_line
 
@@ -102,13 +107,11 @@ def models(query: str | None) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in rows[0] if rows else ["name"]:
+    for column in rows[0] if rows else []:
         table.add_column(column, justify="right" if column in ("params", "downloads", "top-1 %") else "left")
     for row in rows:
         table.add_row(*(cell(value) for value in row.values()))
     Console().print(table)
-    if not rows:
-        click.echo(f'Nothing on the hub for "{query}" that opsin can load.', err=True)
 
 
 def cell(value: object) -> str:
@@ -168,6 +171,7 @@ def run(
     if paths.count("-") and len(paths) > 1:
         raise click.UsageError("- reads every path from standard input; give it alone.")
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop keeps the records too
     counts = {"images": 0, "failed": 0}
     try:
         classifier = load_model(lang=lang, **options)
@@ -177,6 +181,9 @@ def run(
         else:
             images, total = find_images(paths), sum(1 for _ in find_images(paths))
         records = classifier.stream(images, batch_size=batch_size, top_k=top_k, embed=task == "embed")
+    except (ModelError, NoHead, MissingExtra) as error:
+        fail(error)
+    try:
         with ExitStack() as stack:
             if out is not None:
                 write = stack.enter_context(writer(out, run=describe(classifier, task=task)))
@@ -194,38 +201,43 @@ def run(
                 counts["images"] += 1
                 counts["failed"] += not record["ok"]
                 advance(counts)
-    except (ModelError, NoHead, MissingExtra) as error:
-        fail(error)
-    except BrokenPipeError:  # `opsin … | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
-        sys.exit(ALL_GOOD)
     except KeyboardInterrupt:
         where = f"; their records are in {out}" if out and counts["images"] else ""
-        click.echo(f"opsin: interrupted after {counts['images']} images{where}", err=True)
+        say(f"interrupted after {counts['images']} images{where}")
         sys.exit(INTERRUPTED)
-    except OSError as error:  # of the result file: unreadable inputs are records
-        raise click.ClickException(f"{out or 'standard output'} cannot be written: {error.strerror or error}") from None
+    except OSError as error:  # an input that cannot be read is a record, so this is the output
+        if isinstance(error, BrokenPipeError) and out is None:  # `opsin … | head`: the reader has what it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+            sys.exit(ALL_GOOD)
+        say(f"{out or 'standard output'} cannot be written: {error.strerror or error}")
+        sys.exit(NOT_WRITTEN)
     if not counts["images"]:
-        click.echo(f"opsin: no images in {', '.join(paths)}", err=True)
+        say(f"no images in {', '.join(paths)}")
     sys.exit(SOME_FAILED if counts["failed"] else ALL_GOOD)
 
 
+def say(text: str) -> None:
+    """A line for people, on standard error; nobody there to read it is no reason to stop."""
+    with suppress(OSError):
+        click.echo(f"opsin: {text}", err=True)
+
+
 def load_model(*, model: str, lang: str, max_pixels: int | None, **options: Any) -> "Classifier":
-    from opsin.pipeline import load
+    from opsin.pipeline import find_device, load
     from opsin.preprocess import MAX_PIXELS
 
     try:
-        classifier = load(model, lang=lang, max_pixels=max_pixels or MAX_PIXELS, **options)
-    except RuntimeError as error:  # torch on an unknown or absent device
-        raise click.BadParameter(str(error).splitlines()[0], param_hint="--device") from None
+        find_device(options["device"])
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--device") from None
+    classifier = load(model, lang=lang, max_pixels=max_pixels or MAX_PIXELS, **options)
     if model == DEFAULT_MODEL:
         from opsin.checkpoints.catalog import CATALOG
 
         score = CATALOG[DEFAULT_MODEL].score
-        click.echo(
-            f"opsin: using the embedded {DEFAULT_MODEL} (200 everyday classes, {score} % top-1 on held-out images). "
-            "For 1,000 classes: --model google/vit-large-patch16-224 (82.7 %, 1.2 GB).",
-            err=True,
+        say(
+            f"using the embedded {DEFAULT_MODEL} (200 everyday classes, {score} % top-1 on held-out images). "
+            "For 1,000 classes: --model google/vit-large-patch16-224 (82.7 %, 1.2 GB)."
         )
     return classifier
 
@@ -254,11 +266,16 @@ def stdin_paths() -> Iterator[str]:
             yield os.fsdecode(path)
 
 
+def printable(text: str) -> str:
+    """A file name may hold anything, also what would command the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def show(record: dict[str, Any]) -> None:
     """One record for people."""
-    click.secho(record["path"].encode("utf-8", "backslashreplace").decode(), bold=True)
+    click.secho(printable(record["path"]), bold=True)
     if not record["ok"]:
-        click.secho(f"  {record['error']['type']}: {record['error']['message']}", fg="red")
+        click.secho(printable(f"  {record['error']['type']}: {record['error']['message']}"), fg="red")
     elif "embedding" in record:
         vector = record["embedding"]
         click.echo(f"  {len(vector)} numbers: {', '.join(f'{x:.3f}' for x in vector[:4])}, …")
@@ -308,13 +325,13 @@ def progress(total: int | None) -> Iterator[Callable[[dict[str, int]], None]]:
             seen.update(counts)
             if time.monotonic() - last > 60:
                 last = time.monotonic()
-                click.echo(f"opsin: {line()}", err=True)
+                say(line())
 
         yield advance
     if seen["images"] > 1:
-        click.echo(f"opsin: {line()}", err=True)
+        say(line())
 
 
-def fail(error: Exception) -> Any:
-    click.echo(f"opsin: {error}", err=True)
+def fail(error: Exception) -> NoReturn:
+    say(str(error))
     sys.exit(MODEL_FAILED)

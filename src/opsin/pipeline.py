@@ -2,11 +2,13 @@
 
 import itertools
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from opsin import checkpoints
 from opsin.checkpoints import Checkpoint
-from opsin.errors import CheckpointError, ImageError, NoHead
+from opsin.errors import CheckpointError, ImageError, ImageTooLarge, NoHead
+from opsin.labels import Labels
 from opsin.labels import top_k as top_k_labels
 from opsin.preprocess import MAX_PIXELS, ImageSource, decode
 
@@ -44,17 +47,50 @@ def load(
         max_pixels: larger images are refused before they are decoded.
     Raises:
         UnknownModel, HubError, CheckpointError: all are `opsin.errors.ModelError`.
-        ValueError: an unknown dtype or language.
+        ValueError: an unknown dtype or language, or a device that is not there.
     """
     if dtype not in ("auto", "fp32"):
         raise ValueError(f'dtype is "{dtype}". Known: "auto", "fp32".')
     if lang not in ("en", "zh"):
         raise ValueError(f'lang is "{lang}". Known: "en", "zh".')
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Classifier(
-        checkpoints.read(os.fspath(name), revision=revision), device=device, lang=lang, max_pixels=max_pixels
-    )
+    device = str(find_device(device))  # before a model is downloaded for it
+    return Classifier(checkpoints.read(name, revision=revision), device=device, lang=lang, max_pixels=max_pixels)
+
+
+def find_device(name: str) -> torch.device:
+    """The torch device of a name; "auto" is a CUDA device where torch sees one, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch built without CUDA
+        raise ValueError(f'device "{name}" cannot be used: {str(error).splitlines()[0]}') from error
+    if device.type == "meta":
+        raise ValueError('device "meta" holds no numbers. Use "cpu" or "cuda".')
+    return device
+
+
+_flags_lock = threading.Lock()
+
+
+@contextmanager
+def _exact_fp32(device: torch.device) -> Iterator[None]:
+    """Without TF32, which rounds fp32 products to 10 bits; its switches are the whole process's, so one at a time."""
+    if device.type != "cuda":
+        yield
+        return
+    with _flags_lock:
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +98,7 @@ class _Loaded:
     """One input after decode and resize: pixels (H, W, 3) uint8 or an error."""
 
     path: str
-    pixels: np.ndarray | None = None
+    pixels: np.ndarray = field(default_factory=lambda: np.empty(0))
     size: tuple[int, int] = (0, 0)  # (width, height) of the upright original
     error: ImageError | None = None
     ms: float = 0.0
@@ -129,15 +165,25 @@ class Classifier:
         A record is `{"path", "ok": True, "label", "index", "score", "topk", "width", "height", "ms"}`, with `embed`
         `{"path", "ok": True, "embedding", "width", "height", "ms"}`, and for an input that cannot be read
         `{"path", "ok": False, "error": {"type", "message"}}`. An input that is not a path or URL is named by its
-        place, `image[3]`. `ms` is its own decode time plus its share of the batch.
+        place, `image[3]`. `ms` is its own decode time plus its share of the batch. At most two batches are read
+        ahead: for a source slower than the model, take a small `batch_size`.
+
+        Raises:
+            ValueError: batch_size or top_k below 1.
+            NoHead: labels are asked of a checkpoint without a classifier.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        for name, value in (("batch_size", batch_size), ("top_k", top_k)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
         if not embed:
             self._require_labels()
-        source = enumerate(images)
+        return self._stream(enumerate(images), batch_size=batch_size, top_k=top_k, embed=embed)
+
+    def _stream(
+        self, source: Iterator[tuple[int, ImageSource]], *, batch_size: int, top_k: int, embed: bool
+    ) -> Generator[Record]:
         window: deque[Future[_Loaded]] = deque()
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="opsin-decode") as pool:
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads(), thread_name_prefix="opsin-decode") as pool:
             try:
                 while True:
                     # one batch in the model's hands, one being decoded meanwhile
@@ -146,8 +192,6 @@ class Classifier:
                     if not window:
                         return
                     batch = [window.popleft().result() for _ in range(min(batch_size, len(window)))]
-                    for index, image in itertools.islice(source, batch_size):
-                        window.append(pool.submit(self._load, index, image))
                     yield from self._records(batch, top_k=top_k, embed=embed)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -160,30 +204,39 @@ class Classifier:
             pixels = self.preprocess.resize(picture)
         except ImageError as error:
             return _Loaded(path, error=error)
+        except MemoryError:
+            return _Loaded(path, error=ImageTooLarge(f"{path}: not enough memory to resize it."))
         return _Loaded(path, pixels, picture.size, ms=(time.perf_counter() - start) * 1e3)
 
     def _records(self, batch: list[_Loaded], *, top_k: int, embed: bool) -> Iterator[Record]:
-        good = [item.pixels for item in batch if item.pixels is not None]
+        good = [item for item in batch if item.error is None]
+        answers: dict[int, Record] = {}  # id of the item → its own answer
         start = time.perf_counter()
-        answers: Iterator[Record] = iter(())
         if good:
-            output = self._forward(self._features if embed else self.model, good)
-            if embed:
-                answers = ({"embedding": row} for row in output.numpy())
-            else:
-                answers = (
-                    {"label": best[0]["label"], "index": best[0]["index"], "score": best[0]["score"], "topk": best}
-                    for best in top_k_labels(output, self._require_labels(), top_k, self.lang)
-                )
+            output = self._forward(self._features if embed else self.model, [item.pixels for item in good])
+            finite = output.isfinite().all(dim=1)
+            sound = [item for item, is_finite in zip(good, finite.tolist(), strict=True) if is_finite]
+            for item, answer in zip(sound, self._answers(output[finite], top_k=top_k, embed=embed), strict=True):
+                answers[id(item)] = answer
         share = (time.perf_counter() - start) * 1e3 / max(len(good), 1)
         for item in batch:
             if item.error is not None:
                 error = {"type": item.error.kind, "message": str(item.error)}
                 yield {"path": item.path, "ok": False, "error": error}
+            elif id(item) not in answers:
+                error = {"type": "not_finite", "message": f"{item.path}: the model's output for it is not finite."}
+                yield {"path": item.path, "ok": False, "error": error}
             else:
                 width, height = item.size
                 facts = {"width": width, "height": height, "ms": round(item.ms + share, 2)}
-                yield {"path": item.path, "ok": True, **next(answers), **facts}
+                yield {"path": item.path, "ok": True, **answers[id(item)], **facts}
+
+    def _answers(self, output: Tensor, *, top_k: int, embed: bool) -> Iterator[Record]:
+        if embed:
+            yield from ({"embedding": row} for row in output.numpy())
+        elif len(output):
+            for best in top_k_labels(output, self._require_labels(), top_k, self.lang):
+                yield {"label": best[0]["label"], "index": best[0]["index"], "score": best[0]["score"], "topk": best}
 
     def _run(self, function: Callable[[Tensor], Tensor], images: ImageSource | Sequence[ImageSource]) -> Tensor:
         """Any number of images through `function`, 32 at a time, so that memory does not grow with a long list."""
@@ -198,14 +251,13 @@ class Classifier:
 
     def _forward(self, function: Callable[[Tensor], Tensor], resized: list[np.ndarray]) -> Tensor:
         pixels = torch.stack([self.preprocess.normalise(image) for image in resized])
-        # TF32 would round the patch embedding to 10 bits on CUDA
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.inference_mode(), _exact_fp32(self.device):
             return function(pixels.to(self.device)).float().cpu()
 
     def _features(self, pixels: Tensor) -> Tensor:
         return self.model.features(pixels)  # type: ignore[operator]
 
-    def _require_labels(self) -> Any:
+    def _require_labels(self) -> Labels:
         if self.labels is None:
             raise NoHead(
                 f"{self.source.name} has no classification head: it gives features, not labels. "

@@ -33,8 +33,9 @@ def json_line(value: Any) -> str:
 def writer(path: Path, *, run: Record) -> Iterator[Write]:
     """Open `path` for records; the suffix decides the format.
 
-    The file appears under its name when the block ends, also when it ends early (Ctrl-C): then with the records
-    written so far, all of them whole. `run` is stored beside it as `<stem>.run.json`, in Parquet also in the schema.
+    The file appears under its name when the block ends well, or by Ctrl-C: then with the records written so far, all
+    of them whole. After any other error an older file of that name is still there. `run` is stored beside it as
+    `<name>.run.json`, in Parquet also in the schema.
 
     Raises:
         ValueError: an unknown suffix.
@@ -46,17 +47,20 @@ def writer(path: Path, *, run: Record) -> Iterator[Write]:
     os.close(handle)
     temporary = Path(name)
     try:
-        make = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix]
-        try:
-            with make(temporary, run) as write:
+        stopped: KeyboardInterrupt | None = None
+        with {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix](temporary, run) as write:
+            try:
                 yield write
-        finally:
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
-            temporary.replace(path)
-            sidecar = path.with_name(f"{path.stem}.run.json")
-            sidecar.write_text(json.dumps(run, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            except KeyboardInterrupt as interrupt:
+                stopped = interrupt
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        sidecar = json.dumps(run, ensure_ascii=False, indent=2) + "\n"
+        path.with_name(f"{path.name}.run.json").write_text(sidecar, encoding="utf-8")
+        temporary.replace(path)
+        if stopped:
+            raise stopped
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -74,7 +78,7 @@ def check_format(path: Path) -> None:
 
 @contextmanager
 def _jsonl(path: Path, run: Record) -> Iterator[Write]:
-    with path.open("w", encoding="utf-8", buffering=1) as file:  # a line at a time: it can be followed as it grows
+    with path.open("w", encoding="utf-8", buffering=1) as file:  # a line at a time
         yield lambda record: print(json_line(record), file=file)
 
 
@@ -128,10 +132,10 @@ def _parquet(path: Path, run: Record) -> Iterator[Write]:
     with pq.ParquetWriter(path, schema) as file:
 
         def flush() -> None:
-            columns = [[row.get(field.name) for row in held] for field in schema]
+            rows, held[:] = held[:], []  # before writing: a Ctrl-C that arrives meanwhile must not write them twice
+            columns = [[row.get(field.name) for row in rows] for field in schema]
             arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
             file.write_table(pa.Table.from_arrays(arrays, schema=schema))
-            held.clear()
 
         def write(record: Record) -> None:
             row = _flat(record)
@@ -142,8 +146,6 @@ def _parquet(path: Path, run: Record) -> Iterator[Write]:
             if len(held) == ROW_GROUP:
                 flush()
 
-        try:
-            yield write
-        finally:
-            if held:
-                flush()
+        yield write
+        if held:
+            flush()

@@ -53,23 +53,23 @@ def test_half_precision_files_give_fp32_models(tmp_path: Path, noisy_checkpoint:
     model = noisy_checkpoint.model
     checkpoints.write(tmp_path, model, noisy_checkpoint.preprocess, None, dtype=torch.float16)
     assert all(tensor.dtype == torch.float16 for tensor in load_file(tmp_path / "model.safetensors").values())
-    again = checkpoints.read_path(tmp_path).model.state_dict()
+    again = checkpoints.read(tmp_path).model.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(again[name], tensor.half().float())
 
 
 def test_a_read_model_can_be_written_again(folder: Path, tmp_path: Path) -> None:
     """Tensors that share storage, as parts of a fused one do, are written apart."""
-    original = checkpoints.read_path(folder).model
+    original = checkpoints.read(folder).model
     assert isinstance(original, ViT)
     state = checkpoints.rules.invert(original.state_dict(), timm.rules(original.config), original.config)
     config = {"architecture": "vit_x", "model_args": {"num_heads": 2}, "pretrained_cfg": {"input_size": [3, 32, 32]}}
     (tmp_path / "timm").mkdir()
     save_file(state, tmp_path / "timm" / "model.safetensors")
     (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
-    fused = checkpoints.read_path(tmp_path / "timm")
+    fused = checkpoints.read(tmp_path / "timm")
     checkpoints.write(tmp_path / "again", fused.model, fused.preprocess, fused.labels)
-    again = checkpoints.read_path(tmp_path / "again").model.state_dict()
+    again = checkpoints.read(tmp_path / "again").model.state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in original.state_dict().items())
 
 
@@ -91,7 +91,7 @@ def test_a_read_model_can_be_written_again(folder: Path, tmp_path: Path) -> None
 def test_native_config_is_strict(changes: dict[str, Any], reason: str, folder: Path) -> None:
     change(folder / "config.json", **changes)
     with pytest.raises(CheckpointError, match=reason):
-        checkpoints.read_path(folder)
+        checkpoints.read(folder)
 
 
 def test_native_tensors_must_fit(folder: Path) -> None:
@@ -99,13 +99,13 @@ def test_native_tensors_must_fit(folder: Path) -> None:
     del tensors["norm.bias"]
     save_file(tensors | {"norm.bais": torch.ones(24)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"missing \(1\): norm.bias; unexpected \(1\): norm.bais"):
-        checkpoints.read_path(folder)
+        checkpoints.read(folder)
 
 
 def test_sha256_is_that_of_the_weights(folder: Path, tmp_path: Path) -> None:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert checkpoints.read_path(folder).source.sha256 == digest
-    assert checkpoints.read_path(folder / "model.safetensors").source.sha256 == digest
+    assert checkpoints.read(folder).source.sha256 == digest
+    assert checkpoints.read(folder / "model.safetensors").source.sha256 == digest
     assert Source("x", None, "", "opsin", sha256="known").sha256 == "known"
     for name in ("1", "2"):
         (tmp_path / name).write_text(name)
@@ -148,31 +148,31 @@ def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(UnknownModel, match='Did you mean .*"google/vit-base-patch16-224".*`opsin models` lists all'):
         checkpoints.read("vit-base-p16-224")
     with pytest.raises(UnknownModel, match="no such file or folder"):
-        checkpoints.read_path(Path("nowhere"))
+        checkpoints.read(Path("nowhere"))
 
 
 def test_other_model_types_are_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "swin"}))
     with pytest.raises(CheckpointError, match="of type 'swin'. opsin reads vit, deit, dinov2, dinov2_with_registers"):
-        checkpoints.read_path(folder)
+        checkpoints.read(folder)
     (folder / "config.json").write_text(json.dumps({"architecture": "resnet50"}))
     with pytest.raises(CheckpointError, match="timm architecture 'resnet50'. opsin reads vit_"):
-        checkpoints.read_path(folder)
+        checkpoints.read(folder)
     (folder / "config.json").write_text(json.dumps({"architecture": "vit_x", "model_args": {"qk_norm": True}}))
     with pytest.raises(CheckpointError, match="does not know the model_args qk_norm"):
-        checkpoints.read_path(folder)
+        checkpoints.read(folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match='none of "format" .opsin., "architecture" .timm. and "model_type"'):
-        checkpoints.read_path(folder)
+        checkpoints.read(folder)
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="has no config.json"):
-        checkpoints.read_path(folder)
+        checkpoints.read(folder)
 
 
 def test_a_bare_file_of_ours_asks_for_its_folder(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "lone.safetensors")
     with pytest.raises(CheckpointError, match="give the folder with config.json and the weights"):
-        checkpoints.read_path(folder / "lone.safetensors")
+        checkpoints.read(folder / "lone.safetensors")
 
 
 HF_CONFIG = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
@@ -201,7 +201,7 @@ def test_transformers_configs_that_do_not_work(
         )
     change(tmp_path / "config.json", **changes)
     with pytest.raises(CheckpointError, match=reason):
-        checkpoints.read_path(tmp_path)
+        checkpoints.read(tmp_path)
 
 
 def test_transformers_labels_and_missing_preprocessing(
@@ -209,17 +209,17 @@ def test_transformers_labels_and_missing_preprocessing(
 ) -> None:
     checkpoints.write_hf(tmp_path, noisy_checkpoint.model, noisy_checkpoint.preprocess, noisy_checkpoint.labels)
     (tmp_path / "preprocessor_config.json").unlink()
-    checkpoint = checkpoints.read_path(tmp_path)
+    checkpoint = checkpoints.read(tmp_path)
     assert checkpoint.labels == noisy_checkpoint.labels
     assert checkpoint.preprocess == PreprocessConfig(size=(32, 32))
     assert "no preprocessor_config.json: taking what vit models use" in caplog.text
     config = json.loads((tmp_path / "config.json").read_text())
     del config["id2label"], config["label2id"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_labels": 7}))
-    assert checkpoints.read_path(tmp_path).labels == Labels.numbered(7)
+    assert checkpoints.read(tmp_path).labels == Labels.numbered(7)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Strange"}')
     with pytest.raises(CheckpointError, match=r"preprocessor_config.json: .*Strange"):
-        checkpoints.read_path(tmp_path)
+        checkpoints.read(tmp_path)
 
 
 @pytest.mark.parametrize("model_type", hf.MODEL_TYPES)

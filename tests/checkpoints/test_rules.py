@@ -159,7 +159,7 @@ def test_the_error_names_the_file(tmp_path: Path, noisy_checkpoint: checkpoints.
         CheckpointError,
         match=re.escape(f"{tmp_path} does not fit the model that its config describes. missing (16): encoder.layer.2."),
     ):
-        checkpoints.read_path(tmp_path)
+        checkpoints.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
     with pytest.raises(CheckpointError, match="1000000000 layers by the config, 40 tensors in the file"):
-        checkpoints.read_path(tmp_path)
+        checkpoints.read(tmp_path)

@@ -23,5 +23,12 @@ def test_pattern_gives_its_matches_and_a_file_with_such_a_name_itself(tmp_path: 
 
 def test_what_is_named_is_an_input_whatever_it_is(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    arguments = [f"{tmp_path}/notes.txt", "gone.jpg", "https://example.org/a.png?size=*", f"{tmp_path}/notes.txt"]
+    arguments = [
+        f"{tmp_path}/notes.txt",
+        "x" * 300 + ".jpg",
+        "a\0b.png",
+        "gone.jpg",
+        "https://example.org/a.png?size=*",
+        f"{tmp_path}/notes.txt",
+    ]
     assert list(find_images(arguments)) == arguments

@@ -143,7 +143,7 @@ def write_npz(path: Path, arrays: Arrays) -> Path:
 
 
 def read(path: Path) -> ViT:
-    model = checkpoints.read_path(path).model
+    model = checkpoints.read(path).model
     assert isinstance(model, ViT)
     return model
 
@@ -166,7 +166,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_logits(form: str, near: Near, tmp_path: Path) -> None:
     arrays = release(**FORMS[form])
-    checkpoint = checkpoints.read_path(write_npz(tmp_path / "weights.npz", arrays))
+    checkpoint = checkpoints.read(write_npz(tmp_path / "weights.npz", arrays))
     expected = forward(arrays, IMAGES, FORMS[form].get("pool", "tok"))
     near(logits(checkpoint.model, IMAGES).double(), torch.from_numpy(expected))
     assert checkpoint.labels == Labels.numbered(CLASSES)
@@ -190,7 +190,7 @@ def test_prefixes(prefix: str, tmp_path: Path) -> None:
     arrays = release("vision_transformer")
     plain = read(write_npz(tmp_path / "plain.npz", arrays))
     wrapped = {f"{prefix}{name}": array for name, array in arrays.items()} | {"opt/state/step": np.zeros(1, np.float32)}
-    checkpoint = checkpoints.read_path(write_npz(tmp_path / "wrapped.npz", wrapped))
+    checkpoint = checkpoints.read(write_npz(tmp_path / "wrapped.npz", wrapped))
     assert torch.equal(logits(checkpoint.model, IMAGES), logits(plain, IMAGES))
     assert (checkpoint.labels is None) == ("img" in prefix)
 
@@ -240,7 +240,7 @@ def test_fixed_positions_are_not_stored(near: Near, tmp_path: Path, caplog: pyte
 def test_head_of_zeros_is_no_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arrays = release("vision_transformer", pre_logits=True)
     arrays["head/kernel"][:] = 0
-    checkpoint = checkpoints.read_path(write_npz(tmp_path / "weights.npz", arrays))
+    checkpoint = checkpoints.read(write_npz(tmp_path / "weights.npz", arrays))
     assert checkpoint.labels is None and "all zeros" in caplog.text
     assert logits(checkpoint.model, IMAGES).shape == (2, DIM)
 
@@ -249,7 +249,7 @@ def test_head_of_zeros_is_no_head(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 def test_labels_of_the_two_imagenets(classes: int, labels: Labels, tmp_path: Path) -> None:
     arrays = release("vision_transformer")
     arrays |= {"head/kernel": np.ones((DIM, classes), np.float32), "head/bias": np.ones(classes, np.float32)}
-    assert checkpoints.read_path(write_npz(tmp_path / "weights.npz", arrays)).labels == labels
+    assert checkpoints.read(write_npz(tmp_path / "weights.npz", arrays)).labels == labels
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))

@@ -75,7 +75,7 @@ def save(folder: Path, model: Any, name: str) -> Path:
 
 
 def read(path: Path) -> ViT:
-    model = checkpoints.read_path(path).model
+    model = checkpoints.read(path).model
     assert isinstance(model, ViT)
     return model
 
@@ -87,7 +87,7 @@ def pixels(size: tuple[int, int], batch: int = 2) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_folder(name: str, timm: ModuleType, noise: Noise, near: Near, tmp_path: Path) -> None:
     reference, settings = build(timm, noise, name)
-    checkpoint = checkpoints.read_path(save(tmp_path, reference, name))
+    checkpoint = checkpoints.read(save(tmp_path, reference, name))
     model = checkpoint.model
     assert isinstance(model, ViT)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_bare_file(name: str, timm: ModuleType, noise: Noise, near: Near, tmp_pa
     """Everything is told by the names and shapes of the tensors."""
     reference, _ = build(timm, noise, name)
     torch.save(reference.state_dict(), tmp_path / "weights.pth")
-    checkpoint = checkpoints.read_path(tmp_path / "weights.pth")
+    checkpoint = checkpoints.read(tmp_path / "weights.pth")
     assert isinstance(checkpoint.model, ViT)
     with torch.no_grad():
         images = pixels(checkpoint.model.config.image_size)
@@ -169,7 +169,7 @@ def test_original_dinov2(name: str, timm: ModuleType, noise: Noise, near: Near, 
     if name == "dinov2 giant":
         state = {key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value for key, value in state.items()}
     torch.save(state, tmp_path / "dinov2_pretrain.pth")
-    checkpoint = checkpoints.read_path(tmp_path / "dinov2_pretrain.pth")
+    checkpoint = checkpoints.read(tmp_path / "dinov2_pretrain.pth")
     model = checkpoint.model
     assert isinstance(model, ViT)
     assert model.config.pos_resize == ("bicubic_antialias" if model.config.num_registers else "bicubic")
@@ -185,7 +185,7 @@ def test_original_deit_3(timm: ModuleType, noise: Noise, near: Near, tmp_path: P
         for key, value in reference.state_dict().items()
     }
     torch.save({"model": state}, tmp_path / "deit_3_small_224_1k.pth")
-    checkpoint = checkpoints.read_path(tmp_path / "deit_3_small_224_1k.pth")
+    checkpoint = checkpoints.read(tmp_path / "deit_3_small_224_1k.pth")
     assert checkpoint.preprocess.mean == (0.485, 0.456, 0.406)
     with torch.no_grad():
         near(checkpoint.model(pixels((48, 48))), reference(pixels((48, 48))))

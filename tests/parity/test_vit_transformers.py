@@ -47,7 +47,7 @@ def save(model: Any, folder: Path) -> Path:
 
 
 def load(folder: Path) -> ViT:
-    model = checkpoints.read_path(folder).model
+    model = checkpoints.read(folder).model
     assert isinstance(model, ViT)
     return model
 
@@ -119,7 +119,7 @@ def test_logits_at_another_size(name: str, height: int, width: int, noise: Noise
 def test_features_without_head(name: str, noise: Noise, near: Near, tmp_path: Path) -> None:
     kind, config = HEADLESS[name]
     reference = build(noise, kind, **config)
-    checkpoint = checkpoints.read_path(save(reference, tmp_path))
+    checkpoint = checkpoints.read(save(reference, tmp_path))
     model = checkpoint.model
     assert isinstance(model, ViT) and checkpoint.labels is None
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_written_folder_loads_in_transformers(name: str, noise: Noise, near: Nea
         assert again.config.id2label == dict(enumerate(names.names))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours", backend="pil")
     assert (processor.size["height"], processor.size["width"]) == model.config.image_size
-    ours = checkpoints.read_path(tmp_path / "ours")
+    ours = checkpoints.read(tmp_path / "ours")
     assert isinstance(ours.model, ViT) and ours.model.config == model.config
     assert ours.preprocess == preprocess and ours.labels == names
 

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opsin.checkpoints.hf import write as write_hf
     from opsin.checkpoints.native import write
-    from opsin.checkpoints.reader import Checkpoint, Source, read, read_path
+    from opsin.checkpoints.reader import Checkpoint, Source, read
 
-__all__ = ["Checkpoint", "Source", "read", "read_path", "write", "write_hf"]
+__all__ = ["Checkpoint", "Source", "read", "write", "write_hf"]
 
 _HOME = {
     "Checkpoint": ("reader", "Checkpoint"),
     "Source": ("reader", "Source"),
     "read": ("reader", "read"),
-    "read_path": ("reader", "read_path"),
     "write": ("native", "write"),
     "write_hf": ("hf", "write"),
 }

@@ -152,11 +152,17 @@ def search(query: str = "", limit: int = 20) -> list[HubModel]:
                 f"{constants.ENDPOINT} cannot be searched ({_said(error)}). Check the connection, HF_ENDPOINT and "
                 "HF_HUB_OFFLINE; `opsin models` lists the catalogue without a hub."
             ) from error
-        for model in response.json():
-            tags, name = model["tags"], model["id"]
-            if {"safetensors", "pytorch"}.intersection(tags) and "peft" not in tags:
-                licence = next((tag.removeprefix("license:") for tag in tags if tag.startswith("license:")), None)
-                found[name] = HubModel(name, architecture, model["downloads"], model["likes"], licence)
+        try:
+            for model in response.json():
+                tags, name = model["tags"], model["id"]
+                if {"safetensors", "pytorch"}.intersection(tags) and "peft" not in tags:
+                    licence = next((tag.removeprefix("license:") for tag in tags if tag.startswith("license:")), None)
+                    found[name] = HubModel(name, architecture, model["downloads"], model["likes"], licence)
+        except (ValueError, TypeError, KeyError) as error:  # the login page of a network, with status 200
+            raise HubError(
+                f"{constants.ENDPOINT} did not answer as a model hub does. Check HF_ENDPOINT, and whether this network "
+                "wants a login first."
+            ) from error
     return sorted(found.values(), key=lambda model: (-model.downloads, model.name))[:limit]
 
 
@@ -216,13 +222,13 @@ def _shards(path: Path) -> list[str]:
     if not path.name.endswith(".index.json"):
         return []
     try:
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f'{path} is not an index of shards: JSON with a "weight_map" from names to files.'
         ) from error
     for shard in shards:
-        if not SHARD.fullmatch(shard):
+        if not SHARD.fullmatch(str(shard)):
             raise CheckpointError(f'{path} names "{shard}", which is not a weight file beside it. Do not trust it.')
     return shards
 

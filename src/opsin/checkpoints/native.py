@@ -36,6 +36,8 @@ def read(folder: Path, config: dict[str, Any], weights: Path) -> tuple[ViT, Prep
     if set(config) != set(KEYS):
         odd = ", ".join(sorted(set(config) ^ set(KEYS)))
         raise CheckpointError(f"{path} should have exactly the keys {', '.join(KEYS)}; too many or missing: {odd}.")
+    if not isinstance(config["model"], dict) or "path" in config["model"]:
+        raise CheckpointError(f'{path}: "model" is not what opsin writes.')
     model_config = vit_config(path, **config["model"])
     try:
         preprocess = PreprocessConfig.from_spec(config["preprocess"])
@@ -45,7 +47,7 @@ def read(folder: Path, config: dict[str, Any], weights: Path) -> tuple[ViT, Prep
     if labels is not None and len(labels) != model_config.num_classes:
         raise CheckpointError(f"{path} has {len(labels)} labels for {model_config.num_classes} classes.")
     tensors = files.read_tensors(weights)
-    own_names = [rules.Rule(name, name) for name in rules.shapes(model_config)]
+    own_names = [rules.Rule(name, name) for name in tensors]
     return rules.load(tensors, own_names, model_config, str(folder)), preprocess, labels
 
 

@@ -1,6 +1,7 @@
 """A name → a model: tells the formats apart and says where a model came from."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from importlib.resources import files as package_files
@@ -64,7 +65,7 @@ class Checkpoint:
     source: Source
 
 
-def read(name: str, *, revision: str | None = None) -> Checkpoint:
+def read(name: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
     """Read a model by name. In this order: an embedded model, a folder or file here, a model of the hub.
 
     Args:
@@ -76,7 +77,14 @@ def read(name: str, *, revision: str | None = None) -> Checkpoint:
         HubError: the hub could not be reached, or refused.
         CheckpointError: the files do not fit the model they claim to be.
     """
-    path = Path(name).expanduser()
+    try:
+        return _find(os.fspath(name), revision)
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}.") from error
+
+
+def _find(name: str, revision: str | None) -> Checkpoint:
+    path = Path(os.path.expanduser(name))  # noqa: PTH111, Path.expanduser raises for an unknown user
     if name in EMBEDDED:
         folder = Path(str(package_files("opsin"))) / EMBEDDED[name]
         if not folder.is_dir():
@@ -90,13 +98,6 @@ def read(name: str, *, revision: str | None = None) -> Checkpoint:
 
     folder = hub.download(name, revision=revision)
     return _read(folder, name, folder.name if folder.parent.name == "snapshots" else revision)
-
-
-def read_path(path: Path) -> Checkpoint:
-    """Read a local folder or file: see `read`."""
-    if not path.exists():
-        raise UnknownModel(_unknown(str(path)))
-    return _read(path, str(path), None)
 
 
 def _unknown(name: str) -> str:

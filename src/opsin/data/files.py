@@ -3,7 +3,6 @@
 import glob
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from opsin.preprocess import is_image_name
 
@@ -16,12 +15,12 @@ def find_images(arguments: Iterable[str]) -> Iterator[str]:
     pattern without matches.
     """
     for argument in arguments:
-        if Path(argument).is_dir():
+        if os.path.isdir(argument):  # noqa: PTH112, Path.is_dir raises on a name that is too long
             yield from _walk(argument)
         elif glob.has_magic(argument) and not os.path.lexists(argument) and "://" not in argument:
             matches = sorted(glob.glob(argument, recursive=True))
             for match in matches:
-                yield from _walk(match) if Path(match).is_dir() else [match]
+                yield from _walk(match) if os.path.isdir(match) else [match]  # noqa: PTH112
             if not matches:
                 yield argument
         else:

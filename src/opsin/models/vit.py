@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from opsin.models.layers import Activation, AttentionPool, TransformerLayer
 from opsin.models.position import PosResize, resize_pos_embed
+
+Pool = Literal["token", "mean", "map", "token_mean"]
+"""Tokens → features: the class token, the mean patch, learned attention, or CLS ⊕ mean patch (DINOv2's linear head)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,7 @@ class ViTConfig:
     distillation_token: bool = False  # DeiT: a second token
     distillation_head: bool = True  # a head of its own on that token; logits are then the mean of the two
     num_registers: int = 0  # DINOv2 with registers: extra tokens without positions
-    pool: Literal["token", "mean", "map", "token_mean"] = "token"  # token_mean: CLS ⊕ mean patch, DINOv2's linear head
+    pool: Pool = "token"
     norm_after_pool: bool = False  # timm's `fc_norm`: pool first, then normalise
     pre_logits: bool = False  # dense + tanh before the head (JAX pre-training), transformers' pooler
 
@@ -43,6 +46,9 @@ class ViTConfig:
     drop_path_rate: float = 0.0  # of the last layer; grows linearly from 0
 
     def __post_init__(self) -> None:
+        for name, known in (("activation", Activation), ("pos_resize", PosResize), ("pool", Pool)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f'{name} is "{getattr(self, name)}". Known: {", ".join(get_args(known))}.')
         for size in self.image_size:
             check_divides(self.patch_size, size)
         if self.embed_dim % self.num_heads:

@@ -6,8 +6,13 @@ python -m opsin.recipes.vit_tiny DATA_FOLDER OUT_FOLDER
 import sys
 from pathlib import Path
 
+import torch
+
+from opsin import checkpoints
 from opsin.data.tiny_imagenet import read_shards
+from opsin.labels import Labels
 from opsin.models.vit import ViTConfig
+from opsin.preprocess import PreprocessConfig
 from opsin.train.loop import Phase, TrainConfig, train
 
 
@@ -32,6 +37,11 @@ def recipe() -> TrainConfig:
     )
 
 
+# Photos are scaled to 64 pixels on the shorter side and cropped in the middle, as is usual for ImageNet classes.
+PREPROCESS = PreprocessConfig(size=64, crop_size=(64, 64))
+
+
 if __name__ == "__main__":
     data_folder, out_folder = map(Path, sys.argv[1:])
-    train(recipe(), read_shards(data_folder), out_folder)
+    model = train(recipe(), read_shards(data_folder), out_folder)
+    checkpoints.write(out_folder / "model", model, PREPROCESS, Labels.tiny_imagenet(), dtype=torch.float16)

@@ -48,6 +48,12 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 500  # steps; also how often the held-out accuracy is measured
 
+    def __post_init__(self) -> None:
+        if self.model.num_prefix:
+            raise ValueError("token dropping would drop the class token: train a model with class_token=False.")
+        if self.model.dropout_rate or self.model.drop_path_rate:
+            raise ValueError("dropout draws from a random state that a resumed run does not have. Set it to 0.")
+
     @property
     def steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
@@ -93,7 +99,7 @@ def accuracy(model: nn.Module, data: TinyImageNet, *, batch_size: int = 250) -> 
 
 
 def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT:
-    """Train from scratch, or go on from `out/checkpoint.pt` if it is there; returns the averaged (EMA) model.
+    """Train on the CPU from scratch, or go on from `out/checkpoint.pt` if it is there; returns the EMA model.
 
     The random numbers of a step (order, crops, dropped tokens) depend on seed and step only, so a run that was
     killed and resumed gives the same weights as one that was not.
@@ -102,7 +108,7 @@ def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT:
     torch.manual_seed(config.seed)
     model = ViT(config.model)
     with torch.no_grad():  # a learned table that starts from sine-cosine positions saves the first epochs
-        model.pos_embed[:, config.model.num_positioned :] = sincos_2d(config.model.grid, config.model.embed_dim) * 0.1
+        model.pos_embed.copy_(sincos_2d(config.model.grid, config.model.embed_dim) * 0.1)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     optimizers = muon_and_adamw(
         model, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr, weight_decay=config.weight_decay
