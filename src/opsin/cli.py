@@ -39,6 +39,7 @@ def main() -> None:
     opsin embed holiday/ --out features.parquet
     opsin models
     """
+    click.get_current_context().color = False if os.environ.get("NO_COLOR") else None
     logging.basicConfig(level=logging.WARNING, format="opsin: %(message)s")
     warnings.filterwarnings("ignore", module="PIL")  # damaged metadata of a file whose pixels are whole
 
