@@ -1,6 +1,6 @@
 """Held-out accuracy of the embedded model, through the public path: file bytes → load() → stream().
 
-    python benchmarks/vit_tiny.py DATA_FOLDER      # the Tiny-ImageNet shards of `opsin.data.tiny_imagenet`
+python benchmarks/vit_tiny.py DATA_FOLDER      # the Tiny-ImageNet shards of `opsin.data.tiny_imagenet`
 """
 
 import sys
