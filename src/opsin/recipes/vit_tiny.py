@@ -8,8 +8,8 @@ Measured on the 5,000 held-out images: top-1 41.1 %, top-5 67.9 % (EMA weights, 
 on the way 29.6 % after 1,500 steps, 34.8 % after 2,000, 38.5 % after 2,500, 40.5 % after 3,000.
 
 The shipped weights are of one run whose plan was cut while it ran, for lack of time: it began as 6,250 steps, went on
-as 5,200 from step 750, as 4,000 from 1,500, and as the 3,600 below from 2,000. The learning rate of the first 2,000 steps
-was therefore up to 24 % above this schedule's. A run of exactly this recipe from the start has not been measured.
+as 5,200 from step 750, as 4,000 from 1,500, and as the 3,600 below from 2,000. The learning rate of the first 2,000
+steps was therefore up to 24 % above this schedule's. A run of exactly this recipe has not been measured.
 """
 
 import sys
