@@ -86,3 +86,17 @@ def test_augreg_21k(variant: str, params: int) -> None:
 )
 def test_without_class_token(variant: str, params: int) -> None:
     assert count(variant, class_token=False, pool="mean") == params
+
+
+@pytest.mark.parametrize(
+    "variant, stem, expected",
+    [  # spec of the hybrids: Steiner et al. 2021, Table 2
+        ("Ti/8", (), 6_337_704),
+        ("S/1", (2, 2, 2, 2), 36_431_912),
+        ("B/1", (2, 2, 2, 2), 101_383_976),
+        ("B/1", (3, 4, 9), 98_659_112),
+        ("L/1", (3, 4, 6, 3), 328_994_856),
+    ],
+)
+def test_hybrids(variant: str, stem: tuple[int, ...], expected: int) -> None:
+    assert count(variant, stem=stem) == expected

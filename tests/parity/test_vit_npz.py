@@ -107,8 +107,9 @@ def forward(arrays: Arrays, images: np.ndarray, pool: str = "tok") -> np.ndarray
         return dense(f"{name}/Dense_1", x)
 
     old = "Transformer/posembed_input/pos_embedding" in w
-    batch, height, width, _ = images.shape
-    patches = images.reshape(batch, height // PATCH, PATCH, width // PATCH, PATCH, 3).astype(np.float64)
+    batch, height, width, channels = images.shape
+    patch = len(w["embedding/kernel"])
+    patches = images.reshape(batch, height // patch, patch, width // patch, patch, channels).astype(np.float64)
     x = np.einsum("bipjqc,pqcd->bijd", patches, w["embedding/kernel"]).reshape(batch, -1, DIM) + w["embedding/bias"]
     if not old:
         x = x + w["pos_embedding"]
@@ -289,3 +290,88 @@ def test_what_the_release_has_not_is_refused(changes: dict[str, Any], reason: st
     with pytest.raises(CheckpointError, match=reason):
         npz.write(tmp_path / "weights.npz", model)
     assert not list(tmp_path.iterdir())
+
+
+STAGES = (1, 2)
+
+
+def hybrid() -> Arrays:
+    """The noise of `release` behind that of a ResNet stem, whose feature map has 512 channels and 8-pixel places."""
+    rng = np.random.default_rng(1)
+    arrays = release("vision_transformer")
+
+    def conv(name: str, side: int, width: int, out: int) -> None:
+        arrays[f"{name}/kernel"] = rng.normal(0.1, 1, (side, side, width, out)).astype(np.float32)
+
+    def norm(name: str, width: int, shape: tuple[int, ...] = ()) -> None:
+        arrays[f"{name}/scale"] = rng.normal(1, 0.3, (*shape, width)).astype(np.float32)
+        arrays[f"{name}/bias"] = rng.normal(0, 0.3, (*shape, width)).astype(np.float32)
+
+    conv("conv_root", 7, 3, 64)
+    norm("gn_root", 64, (1, 1, 1))  # as some files have it
+    width = 64
+    for stage, units in enumerate(STAGES):
+        inner = 64 * 2**stage
+        for unit in range(units):
+            name = f"block{stage + 1}/unit{unit + 1}"
+            for i, (side, before, after) in enumerate(((1, width, inner), (3, inner, inner), (1, inner, 4 * inner))):
+                conv(f"{name}/conv{i + 1}", side, before, after)
+                norm(f"{name}/gn{i + 1}", after)
+            if unit == 0:
+                conv(f"{name}/conv_proj", 1, width, 4 * inner)
+                norm(f"{name}/gn_proj", 4 * inner)
+            width = 4 * inner
+    arrays["embedding/kernel"] = rng.normal(0, width**-0.5, (1, 1, width, DIM)).astype(np.float32)
+    return arrays
+
+
+def stem(arrays: Arrays, images: np.ndarray) -> np.ndarray:
+    """(B, H, W, 3) → feature map (B, H / 8, W / 8, 512), at 64 bits; after `models_resnet.py`."""
+    w = {name: array.astype(np.float64) for name, array in arrays.items()}
+
+    def windows(x: np.ndarray, side: int, stride: int, fill: float) -> np.ndarray:
+        pads = []
+        for length in x.shape[1:3]:
+            total = max((math.ceil(length / stride) - 1) * stride + side - length, 0)
+            pads.append((total // 2, total - total // 2))
+        x = np.pad(x, ((0, 0), *pads, (0, 0)), constant_values=fill)
+        return np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(1, 2))[:, ::stride, ::stride]
+
+    def conv(name: str, x: np.ndarray, stride: int = 1) -> np.ndarray:
+        kernel = w[f"{name}/kernel"]
+        kernel = (kernel - kernel.mean((0, 1, 2))) / (kernel.std((0, 1, 2)) + 1e-5)
+        return np.einsum("bhwcpq,pqcd->bhwd", windows(x, len(kernel), stride, 0.0), kernel)
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        groups = x.reshape(*x.shape[:3], 32, -1)
+        axes = (1, 2, 4)
+        groups = (groups - groups.mean(axes, keepdims=True)) / np.sqrt(groups.var(axes, keepdims=True) + 1e-6)
+        return groups.reshape(x.shape) * w[f"{name}/scale"].ravel() + w[f"{name}/bias"].ravel()
+
+    x = np.maximum(norm("gn_root", conv("conv_root", images.astype(np.float64), 2)), 0)
+    x = windows(x, 3, 2, -np.inf).max((-2, -1))
+    for stage, units in enumerate(STAGES):
+        for unit in range(units):
+            name, stride = f"block{stage + 1}/unit{unit + 1}", 2 if stage and not unit else 1
+            y = np.maximum(norm(f"{name}/gn1", conv(f"{name}/conv1", x)), 0)
+            y = np.maximum(norm(f"{name}/gn2", conv(f"{name}/conv2", y, stride)), 0)
+            y = norm(f"{name}/gn3", conv(f"{name}/conv3", y))
+            if unit == 0:
+                x = norm(f"{name}/gn_proj", conv(f"{name}/conv_proj", x, stride))
+            x = np.maximum(x + y, 0)
+    return x
+
+
+def test_hybrid(near: Near, tmp_path: Path) -> None:
+    arrays = hybrid()
+    np.savez(tmp_path / "R_Ti.npz", **arrays)  # type: ignore[arg-type]
+    checkpoint = checkpoints.read(tmp_path / "R_Ti.npz")
+    assert checkpoint.preprocess.image_size == (8 * GRID, 8 * GRID)
+    images = np.random.default_rng(2).uniform(-1, 1, (2, 8 * GRID, 8 * GRID, 3)).astype(np.float32)
+    expected = forward(arrays, stem(arrays, images))
+    with torch.no_grad():
+        near(checkpoint.model(torch.from_numpy(images).permute(0, 3, 1, 2)), torch.from_numpy(expected).float())
+    npz.write(tmp_path / "again.npz", checkpoint.model)
+    with np.load(tmp_path / "again.npz") as again:
+        assert set(again) == set(arrays)
+        assert all(np.array_equal(again[name].ravel(), arrays[name].ravel()) for name in arrays)

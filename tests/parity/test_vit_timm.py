@@ -40,8 +40,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "registers, no qkv bias, layer scale": ("vit_so150m2_patch16_reg1_gap_256", SMALL | {"depth": 1}),
     "dinov2": ("vit_small_patch14_dinov2", SMALL | {"img_size": 42}),
     "dinov2 registers": ("vit_small_patch14_reg4_dinov2", SMALL | {"img_size": 42}),
+    "hybrid, root alone": ("vit_tiny_r_s16_p8_224", SMALL | {"img_size": 64}),
+    "hybrid, not square": ("vit_small_r26_s32_224", SMALL | {"img_size": (64, 96)}),
+    "hybrid, three stages": ("vit_base_r50_s16_224", SMALL | {"depth": 1}),
     "dinov2 giant": ("vit_giant_patch14_dinov2", SMALL | {"img_size": 28, "depth": 1}),
 }
+HYBRIDS = ("vit_tiny_r_s16_p8_384", "vit_small_r26_s32_384", "vit_base_r50_s16_384", "vit_large_r50_s32_224")
 UNLIKE_OURS = ("deit 3", "registers with positions", "registers, map", "registers, no qkv bias, layer scale")
 """Their position tables leave out the class token, or have rows for registers: read, but written as a whole table."""
 
@@ -205,7 +209,7 @@ def test_heads_of_published_widths(dim: int, layers: int, heads: int) -> None:
 def test_every_architecture_is_read_right_or_refused(timm: ModuleType, tmp_path: Path) -> None:
     """What shapes do not show (heads, GELU, epsilon, the order of things) is as here, or the architecture refused."""
     read, refused = 0, 0
-    for name in [*timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")]:
+    for name in [*timm.list_models(module="vision_transformer"), *timm.list_models(module="deit"), *HYBRIDS]:
         if not names.ARCHITECTURE.fullmatch(name) or any(part in name for part in names.OTHER_MATHS):
             continue
         with torch.device("meta"):

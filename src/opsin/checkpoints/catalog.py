@@ -1,8 +1,7 @@
 """The public checkpoints that opsin is known to fit: name → shape, size, licence, published score.
 
 Any other repository of these families loads by its hub id all the same; the catalogue is for `opsin models`, for
-did-you-mean, and for checking that the shapes are right: a test builds every entry and counts its parameters. Hybrids
-with a ResNet stem are left out: opsin cannot run them yet.
+did-you-mean, and for checking that the shapes are right: a test builds every entry and counts its parameters.
 """
 
 from collections.abc import Iterator
@@ -210,6 +209,15 @@ DEIT3: list[Row] = [  # each twice: trained on ImageNet-1k alone, and on ImageNe
     ("deit3_large_patch16_384", "large", 16, 384, 304_764_904, None),
     ("deit3_huge_patch14_224", "huge", 14, 224, 632_127_720, None),
 ]
+HYBRIDS: list[tuple[Row, tuple[int, ...]]] = [  # with the stages of the ResNet in front
+    (("timm/vit_tiny_r_s16_p8_224.augreg_in21k_ft_in1k", "tiny", 8, 224, 6_337_704, 71.800), ()),
+    (("timm/vit_tiny_r_s16_p8_384.augreg_in21k_ft_in1k", "tiny", 8, 384, 6_355_944, 75.962), ()),
+    (("timm/vit_small_r26_s32_224.augreg_in21k_ft_in1k", "small", 1, 224, 36_431_912, 81.856), (2, 2, 2, 2)),
+    (("timm/vit_small_r26_s32_384.augreg_in21k_ft_in1k", "small", 1, 384, 36_468_392, 84.066), (2, 2, 2, 2)),
+    (("timm/vit_base_r50_s16_384.orig_in21k_ft_in1k", "base", 1, 384, 98_950_952, 84.98), (3, 4, 9)),
+    (("timm/vit_large_r50_s32_224.augreg_in21k_ft_in1k", "large", 1, 224, 328_994_856, 84.434), (3, 4, 6, 3)),
+    (("timm/vit_large_r50_s32_384.augreg_in21k_ft_in1k", "large", 1, 384, 329_092_136, 86.188), (3, 4, 6, 3)),
+]
 DINOV2_PARAMS = {  # size → registers → backbone, and with the linear head over class token and mean patch
     "small": {0: (22_056_192, 22_825_192), 4: (22_057_728, 22_826_728)},
     "base": {0: (86_579_712, 88_116_712), 4: (86_582_784, 88_119_784)},
@@ -289,6 +297,7 @@ def _entries() -> Iterator[Entry]:
     yield from (_entry(row, "dino", num_classes=0, **TIMM_VIT) for row in TIMM_DINO)
     yield from (_entry(row, "deit", **TIMM_VIT) for row in TIMM_DEIT)
     yield from (_entry(row, "deit", distillation_token=True, **TIMM_VIT) for row in TIMM_DEIT_DISTILLED)
+    yield from (_entry(row, "vit", stem=stem, stem_maths="timm", **TIMM_VIT) for row, stem in HYBRIDS)
     for tag in ("fb_in1k", "fb_in22k_ft_in1k"):
         for row in DEIT3:
             yield _entry((f"timm/{row[0]}.{tag}", *row[1:]), "deit3", layer_scale=True, **TIMM_VIT)

@@ -274,6 +274,7 @@ def _model_class(config: ViTConfig) -> tuple[str, str]:
     head = "ForImageClassification" if config.num_classes else "Model"
     pool = "token_mean" if dino and config.num_classes else "token"
     obstacles = [
+        (config.stem is not None, "a ResNet stem"),
         (config.pool != pool, f'pooling "{config.pool}" (it has "{pool}" here)'),
         (config.num_registers and not dino, "register tokens without layer scale"),
         (config.gated_mlp and not dino, "a gated MLP without layer scale"),

@@ -58,7 +58,8 @@ def vit_config(path: Path, **fields: Any) -> ViTConfig:
     if unknown:
         raise CheckpointError(f"{path} has unknown model settings: {unknown}. Known: {', '.join(sorted(known))}.")
     try:
-        return ViTConfig(**fields | {"image_size": tuple(fields.get("image_size", ViTConfig().image_size))})
+        tuples = {name: tuple(fields[name]) for name in ("image_size", "stem") if fields.get(name) is not None}
+        return ViTConfig(**fields | tuples)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} does not describe a Vision Transformer: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from opsin.checkpoints.rules import TRANSPOSE, Rule, State, Transform, invert, l
 from opsin.errors import CheckpointError
 from opsin.labels import Labels
 from opsin.models.position import sincos_2d
+from opsin.models.resnet import stem_stride
 from opsin.models.vit import ViT, ViTConfig
 from opsin.preprocess import PreprocessConfig
 
@@ -76,10 +78,33 @@ OLD_POSITIONS = "Transformer/posembed_input/pos_embedding"
 POSITIONS = "pos_embedding"
 
 
-def rules(names: Block) -> list[Rule]:
+FLAT = Transform(lambda t, _: t.flatten(), lambda t, _: t)  # group norms stand as (1, 1, 1, C) in some files
+
+
+def _group_norm(native: str, foreign: str) -> list[Rule]:
+    return [Rule(f"{native}.weight", f"{foreign}/scale", FLAT), Rule(f"{native}.bias", f"{foreign}/bias", FLAT)]
+
+
+def stem_rules(stem: tuple[int, ...] | None) -> list[Rule]:
+    if stem is None:
+        return []
+    rules = [Rule("stem.root.weight", "conv_root/kernel", CONV), *_group_norm("stem.root_norm", "gn_root")]
+    for stage, num_units in enumerate(stem):
+        for unit in range(num_units):
+            ours, theirs = f"stem.stages.{stage}.{unit}", f"block{stage + 1}/unit{unit + 1}"
+            for i in (1, 2, 3):
+                rules.append(Rule(f"{ours}.conv{i}.weight", f"{theirs}/conv{i}/kernel", CONV))
+                rules += _group_norm(f"{ours}.norm{i}", f"{theirs}/gn{i}")
+            rules.append(Rule(f"{ours}.proj.weight", f"{theirs}/conv_proj/kernel", CONV))
+            rules += _group_norm(f"{ours}.proj_norm", f"{theirs}/gn_proj")
+    return rules
+
+
+def rules(names: Block, stem: tuple[int, ...] | None = None) -> list[Rule]:
     positions = [Rule("pos_embed", OLD_POSITIONS), Rule("pos_embed", POSITIONS, BEFORE_CLASS_TOKEN)]
     layer, block = "layers.{i}", "Transformer/encoderblock_{i}"
     return [
+        *stem_rules(stem),
         Rule("cls_token", "cls"),
         *(positions if names is OLD else reversed(positions)),
         *_dense("patch_embed", "embedding", CONV),
@@ -107,7 +132,7 @@ def read(path: Path) -> tuple[ViT, PreprocessConfig, Labels | None]:
     state, prefix = normalise(files.read_tensors(path), path)
     names = NEW if any(name.startswith(f"Transformer/encoderblock_0/{NEW.mlp}/") for name in state) else OLD
     config = infer_config(state, names, path)
-    model = load(state, rules(names), config, str(path))
+    model = load(state, rules(names, config.stem), config, str(path))
     labels = None if "img" in prefix else default_labels(config.num_classes)  # an image tower's head gives no classes
     return model, PreprocessConfig.jax_squash(config.image_size), labels
 
@@ -137,8 +162,10 @@ def normalise(tensors: State, path: Path) -> tuple[State, str]:
 
 
 def infer_config(state: State, names: Block, path: Path) -> ViTConfig:
+    stem = None
     if "conv_root/kernel" in state:
-        raise CheckpointError(f"{path} is a hybrid with a ResNet stem, which opsin does not have.")
+        stages = [name.split("/")[0] for name in state if re.fullmatch(r"block\d+/unit\d+/conv1/kernel", name)]
+        stem = tuple(stages.count(stage) for stage in sorted(set(stages)))
     query = f"Transformer/encoderblock_0/{names.attention}/query/kernel"
     dense = f"Transformer/encoderblock_0/{names.mlp}/Dense_0/kernel"
     absent = [name for name in ("embedding/kernel", query, dense) if name not in state]
@@ -152,15 +179,16 @@ def infer_config(state: State, names: Block, path: Path) -> ViTConfig:
     try:
         patch_height, patch_width, num_channels, embed_dim = state["embedding/kernel"].shape
         embed_dim, num_heads, _ = state[query].shape
+        stride = patch_height * stem_stride(stem)
         if POSITIONS in state:
             _, num_patches, _ = state[POSITIONS].shape
         elif OLD_POSITIONS in state:
             _, num_patches, _ = state[OLD_POSITIONS].shape
             num_patches -= class_token
         else:  # fixed, and therefore not stored
-            num_patches = (224 // patch_height) ** 2
+            num_patches = (224 // stride) ** 2
             log.warning("%s has no positions: taking the sine-cosine table for 224×224 pixels.", path)
-            state[POSITIONS] = sincos_2d((224 // patch_height,) * 2, embed_dim)
+            state[POSITIONS] = sincos_2d((224 // stride,) * 2, embed_dim)
         _, mlp_dim = state[dense].shape
         num_classes = state["head/kernel"].shape[1] if "head/kernel" in state else 0
     except (ValueError, IndexError) as error:
@@ -173,9 +201,10 @@ def infer_config(state: State, names: Block, path: Path) -> ViTConfig:
         )
     return vit_config(
         path,
-        image_size=(side * patch_height, side * patch_height),
+        image_size=(side * stride, side * stride),
         patch_size=patch_height,
-        num_channels=num_channels,
+        num_channels=num_channels if stem is None else 3,
+        stem=stem,
         embed_dim=embed_dim,
         num_layers=len(layers),
         num_heads=num_heads,
@@ -202,6 +231,7 @@ def write(path: Path, model: nn.Module) -> None:
     obstacles = [
         (config.pool not in pools, f'pool "{config.pool}" {"with" if config.class_token else "without"} a class token'),
         (config.norm_after_pool, "a norm after the pooling"),
+        (config.stem is not None and config.stem_maths != "jax", "a stem with timm's constants"),
         (config.activation != "gelu_tanh", f'activation "{config.activation}" (it is always gelu_tanh)'),
         (config.norm_eps != 1e-6, f"norm_eps {config.norm_eps} (it is always 1e-06)"),
         (config.grid[0] != config.grid[1], f"a grid of {config.grid} patches (it is always square)"),
@@ -211,7 +241,7 @@ def write(path: Path, model: nn.Module) -> None:
         raise CheckpointError(
             f"the JAX release has no model with {', nor with '.join(reasons)}. Write opsin's own form."
         )
-    foreign = invert(model.state_dict(), rules(NEW if config.pool == "map" else OLD), config)
+    foreign = invert(model.state_dict(), rules(NEW if config.pool == "map" else OLD, config.stem), config)
     arrays = {name: tensor.float().cpu().numpy() for name, tensor in foreign.items()}
     with files.replacing(path) as part, part.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from opsin.checkpoints.npz import default_labels
 from opsin.checkpoints.rules import Rule, State, Transform, load, weight_and_bias, within
 from opsin.errors import CheckpointError
 from opsin.labels import Labels
+from opsin.models.resnet import stem_stride
 from opsin.models.vit import ViT, ViTConfig
 from opsin.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessConfig
 
@@ -52,9 +53,28 @@ BLOCK = [  # under the name of a layer
     Rule("mlp_scale", "gamma_2"),
 ]
 
+UNIT = [  # of the ResNet stem
+    *(Rule(f"conv{i}.weight", f"conv{i}.weight") for i in (1, 2, 3)),
+    *(rule for i in (1, 2, 3) for rule in weight_and_bias(f"norm{i}", f"norm{i}")),
+    Rule("proj.weight", "downsample.conv.weight"),
+    *weight_and_bias("proj_norm", "downsample.norm"),
+]
+
+
+def stem_rules(config: ViTConfig) -> list[Rule]:
+    if config.stem is None:
+        return []
+    root = "patch_embed.backbone.stem" if config.stem else "patch_embed.backbone"
+    rules = [Rule("stem.root.weight", f"{root}.conv.weight"), *weight_and_bias("stem.root_norm", f"{root}.norm")]
+    for stage, num_units in enumerate(config.stem):
+        for unit in range(num_units):
+            rules += within(f"stem.stages.{stage}.{unit}.", f"patch_embed.backbone.stages.{stage}.blocks.{unit}.", UNIT)
+    return rules
+
 
 def rules(config: ViTConfig) -> list[Rule]:
     return [
+        *stem_rules(config),
         Rule("cls_token", "cls_token"),
         Rule("dist_token", "dist_token"),
         *(Rule("registers", name) for name in REGISTERS),
@@ -198,8 +218,11 @@ def fold_register_positions(state: State, config: ViTConfig) -> State:
 def infer_config(
     state: State, path: Path, *, grid_of: tuple[int, ...], heads: int | None, pool: str | None, activation: str
 ) -> ViTConfig:
+    stem = None
     if any(name.startswith("patch_embed.backbone.") for name in state):
-        raise CheckpointError(f"{path} is a hybrid with a ResNet stem, which opsin does not have.")
+        units = re.compile(r"patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.conv1\.weight")
+        stages = [match[1] for match in map(units.fullmatch, state) if match]
+        stem = tuple(stages.count(stage) for stage in sorted(set(stages), key=int))
     fc1 = state.get("blocks.0.mlp.fc1.weight", state.get("blocks.0.mlp.w12.weight"))
     fc2 = state.get("blocks.0.mlp.fc2.weight", state.get("blocks.0.mlp.w3.weight"))
     patch, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
@@ -217,7 +240,8 @@ def infer_config(
         num_registers = 0 if registers is None else registers.shape[1]
         _, rows, _ = positions.shape
         _, mlp_dim = fc2.shape
-        image_size = _image_size(rows, class_token + distillation, num_registers, patch_height, grid_of)
+        stride = patch_height * stem_stride(stem)
+        image_size = _image_size(rows, class_token + distillation, num_registers, stride, grid_of)
         if patch_height != patch_width:
             raise ValueError(f"its patches are {patch_height}×{patch_width}, not square.")
         heads = heads or num_heads(embed_dim, len(layers))
@@ -227,7 +251,9 @@ def infer_config(
         path,
         image_size=image_size,
         patch_size=patch_height,
-        num_channels=num_channels,
+        num_channels=num_channels if stem is None else 3,
+        stem=stem,
+        stem_maths="timm",
         embed_dim=embed_dim,
         num_layers=len(layers),
         num_heads=heads,

@@ -1,4 +1,5 @@
-"""Vision Transformer (Dosovitskiy et al. 2021), and the checkpoints that share its shape: DeiT, DINO, DINOv2."""
+"""Vision Transformer (Dosovitskiy et al. 2021), and the checkpoints that share its shape: DeiT, DINO, DINOv2,
+and the hybrids with a ResNet in front."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from opsin.models.layers import Activation, AttentionPool, TransformerLayer
 from opsin.models.position import PosResize, resize_pos_embed
+from opsin.models.resnet import ResNetStem, StemMaths, stem_stride
 
 Pool = Literal["token", "mean", "map", "token_mean"]
 """Tokens → features: the class token, the mean patch, learned attention, or CLS ⊕ mean patch (DINOv2's linear head)."""
@@ -19,7 +21,7 @@ class ViTConfig:
     """Shape of a Vision Transformer; the defaults are ViT-B/16 (Dosovitskiy et al. 2021, Table 1)."""
 
     image_size: tuple[int, int] = (224, 224)  # (H, W) pixels, after preprocessing; the size of the position table
-    patch_size: int = 16  # pixels
+    patch_size: int = 16  # pixels; behind a stem, places of its feature map
     num_channels: int = 3
     embed_dim: int = 768
     num_layers: int = 12
@@ -33,6 +35,8 @@ class ViTConfig:
     qkv_bias: bool = True
     layer_scale: bool = False  # CaiT, DINOv2
     pos_resize: PosResize = "bicubic"
+    stem: tuple[int, ...] | None = None  # hybrid: units per stage of a ResNet in front; (): its root alone
+    stem_maths: StemMaths = "jax"
 
     class_token: bool = True
     distillation_token: bool = False  # DeiT: a second token
@@ -46,20 +50,30 @@ class ViTConfig:
     drop_path_rate: float = 0.0  # of the last layer; grows linearly from 0
 
     def __post_init__(self) -> None:
-        for name, known in (("activation", Activation), ("pos_resize", PosResize), ("pool", Pool)):
+        for name, known in (
+            ("activation", Activation),
+            ("pos_resize", PosResize),
+            ("pool", Pool),
+            ("stem_maths", StemMaths),
+        ):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f'{name} is "{getattr(self, name)}". Known: {", ".join(get_args(known))}.')
         for size in self.image_size:
-            check_divides(self.patch_size, size)
+            check_divides(self.stride, size)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads ({self.num_heads}) does not divide embed_dim ({self.embed_dim}).")
         if not self.class_token and (self.distillation_token or self.pool in ("token", "token_mean")):
             raise ValueError(f'pool "{self.pool}" needs a class token. Without one, pool is "mean" or "map".')
 
     @property
+    def stride(self) -> int:
+        """Pixels from one patch to the next: the patch size, times what the stem shrinks."""
+        return self.patch_size * stem_stride(self.stem)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(H, W) of the position table, in patches."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        return self.image_size[0] // self.stride, self.image_size[1] // self.stride
 
     @property
     def num_positioned(self) -> int:
@@ -96,7 +110,9 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.patch_embed = nn.Conv2d(c.num_channels, c.embed_dim, c.patch_size, stride=c.patch_size)
+        self.stem = None if c.stem is None else ResNetStem(c.num_channels, c.stem, maths=c.stem_maths)
+        channels = c.num_channels if self.stem is None else self.stem.out_channels
+        self.patch_embed = nn.Conv2d(channels, c.embed_dim, c.patch_size, stride=c.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim)) if c.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim)) if c.distillation_token else None
         self.registers = nn.Parameter(torch.zeros(1, c.num_registers, c.embed_dim)) if c.num_registers else None
@@ -167,10 +183,10 @@ class ViT(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != c.num_channels:
             raise ValueError(f"pixels have shape {tuple(pixels.shape)}; this model takes (B, {c.num_channels}, H, W).")
         height, width = pixels.shape[-2:]
-        check_divides(c.patch_size, height)
-        check_divides(c.patch_size, width)
-        grid = height // c.patch_size, width // c.patch_size
-        x = self.patch_embed(pixels).flatten(2).transpose(1, 2)  # B N D
+        check_divides(c.stride, height)
+        check_divides(c.stride, width)
+        grid = height // c.stride, width // c.stride
+        x = self.patch_embed(pixels if self.stem is None else self.stem(pixels)).flatten(2).transpose(1, 2)  # B N D
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token) if t is not None]
         x = torch.cat([*prefix, x], dim=1)
         x = x + resize_pos_embed(self.pos_embed, c.grid, grid, num_prefix=c.num_positioned, method=c.pos_resize)
