@@ -18,6 +18,7 @@ from hub_server import HubServer
 from opsin import compat
 from opsin.errors import NoHead
 from opsin.labels import Labels
+from opsin.preprocess import PreprocessConfig
 
 README = Path(__file__).parents[1] / "README.md"
 HEADING = "## The model card's snippet\n"
@@ -168,6 +169,10 @@ def test_processor_attributes_and_file(tmp_path: Path) -> None:
     assert processor.image_mean == [0.25, 0.25, 0.25]
     assert processor.resample == 2
     assert '"do_resize": true' in repr(processor)
+    jax = compat.ViTImageProcessor()
+    jax.preprocess_config = PreprocessConfig.jax_squash(32)  # transformers has no words for it
+    assert '"antialias": false' in repr(jax)
+    assert not hasattr(jax, "size")
     processor.save_pretrained(tmp_path)
     theirs = transformers.ViTImageProcessorPil.from_pretrained(tmp_path)(photo(), return_tensors="pt").pixel_values
     assert torch.equal(processor(photo(), return_tensors="pt").pixel_values, theirs)

@@ -16,10 +16,10 @@ from PIL import Image
 import opsin
 from mutations import broken_files
 from opsin.checkpoints import Checkpoint
-from opsin.errors import ImageCorrupt, ImageNotFound, NoHead
+from opsin.errors import CheckpointError, ImageCorrupt, ImageNotFound, NoHead
 from opsin.models.vit import ViT
 from opsin.pipeline import Classifier
-from opsin.preprocess import ImageSource
+from opsin.preprocess import ImageSource, PreprocessConfig
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -121,7 +121,7 @@ def test_an_output_that_is_not_finite_is_a_record(noisy_checkpoint: Checkpoint) 
     class Poisoned(torch.nn.Module):
         def __init__(self, model: torch.nn.Module) -> None:
             super().__init__()
-            self.model = model
+            self.model, self.config = model, model.config
 
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             logits = self.model(pixels)
@@ -184,3 +184,24 @@ def test_two_thousand_broken_files(classifier: Classifier, tmp_path: Path) -> No
         if not record["ok"]:
             assert record["error"]["type"] in {"not_found", "unreadable", "not_an_image", "corrupt", "too_large"}
             assert record["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "found"),
+    [(1, (32, 32), "takes 1 channels"), (3, (32, 36), "gives 3 channels of 32×36 pixels")],
+)
+def test_a_model_that_cannot_take_its_pixels(
+    channels: int, size: tuple[int, int], found: str, noisy_checkpoint: Checkpoint
+) -> None:
+    assert isinstance(noisy_checkpoint.model, ViT)
+    model = ViT(replace(noisy_checkpoint.model.config, num_channels=channels))
+    with pytest.raises(CheckpointError, match=found):
+        Classifier(replace(noisy_checkpoint, model=model, preprocess=PreprocessConfig(size=size)))
+
+
+def test_an_image_too_thin_to_resize_is_named(noisy_checkpoint: Checkpoint) -> None:
+    narrow = replace(noisy_checkpoint, preprocess=PreprocessConfig(size=256, crop_size=(32, 32)))
+    good, thin = Classifier(narrow).stream([picture(0), Image.new("RGB", (1, 4000))])
+    assert good["ok"]
+    assert thin["error"]["type"] == "too_large"
+    assert thin["error"]["message"].startswith("image[1]: 1 × 4000 pixels")

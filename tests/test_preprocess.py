@@ -571,3 +571,16 @@ def test_decoding_does_not_warn() -> None:
         image.info["transparency"] = bytes(16)
         decode(image)
     assert image.info["transparency"] == bytes(16), "the caller's image is not changed"
+
+
+def test_signed_16_bit_tiff_is_scaled(tmp_path: Path) -> None:
+    """Pillow opens it as 32-bit integers and would clip nearly all of it to white."""
+    array = np.array([[-5, 0, 256, 32767]], np.int16)
+    file = tmp_path / "signed.tif"
+    tags = [(256, 3, 4), (257, 3, 1), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 0), (277, 3, 1), (278, 3, 1),
+            (279, 4, 8), (339, 3, 2)]  # fmt: skip
+    offset = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, offset if tag == 273 else value) for tag, kind, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
+    file.write_bytes(head + array.tobytes())
+    assert np.asarray(decode(file))[0, :, 0].tolist() == [0, 0, 1, 127]

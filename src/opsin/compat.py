@@ -2,7 +2,8 @@
 
     from opsin.compat import ViTFeatureExtractor, ViTForImageClassification
 
-What goes in and comes out is as in transformers: arguments, outputs, `config`. Pixels are those of its PIL processors;
+What model cards pass goes in, and comes out as in transformers: outputs, `config`. New heads, other dtypes and devices
+at loading are not for here. Pixels are those of its PIL processors;
 images are made upright RGB first, whatever their EXIF orientation and mode. New code is better off with `opsin.load`.
 """
 
@@ -78,7 +79,7 @@ class ViTImageProcessor:
             UnknownModel, HubError, CheckpointError: as `opsin.load`.
         """
         name = os.fspath(name)
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))  # noqa: PTH111, Path.expanduser raises for an unknown user
         if not folder.exists() and reader.HUB_ID.fullmatch(name) and name not in reader.EMBEDDED:
             from opsin.checkpoints import hub  # brings huggingface_hub
 
@@ -86,7 +87,10 @@ class ViTImageProcessor:
         described = folder / "preprocessor_config.json"
         processor = cls()
         if described.is_file():
-            processor.preprocess_config = processors.read_hf(files.read_json(described))
+            try:
+                processor.preprocess_config = processors.read_hf(files.read_json(described))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{described}: {error}") from error
         else:  # opsin's own form and timm's keep it elsewhere
             processor.preprocess_config = checkpoints.read(name, revision=revision).preprocess
         return processor._with(fields) if fields else processor
@@ -112,6 +116,8 @@ class ViTImageProcessor:
         pixels = [config(_channels_as_decode_takes_them(image)) for image in _images(images)]
         if return_tensors is None:
             return BatchFeature(pixel_values=[image.numpy() for image in pixels])
+        if not pixels:
+            raise ValueError("no images: the list is empty. Give at least one.")
         if len({image.shape for image in pixels}) > 1:
             sizes = ", ".join(f"{image.shape[1]}×{image.shape[2]}" for image in pixels[:4])
             raise ValueError(f"images of {sizes} pixels cannot be stacked. Resize them, or use return_tensors=None.")
@@ -122,7 +128,10 @@ class ViTImageProcessor:
 
     def __getattr__(self, name: str) -> Any:
         if name in FIELDS and "preprocess_config" in self.__dict__:
-            return self.to_dict().get(name)
+            try:
+                return self.to_dict().get(name)
+            except ValueError as error:  # of a JAX or timm checkpoint: transformers has no words for it
+                raise AttributeError(str(error)) from error
         raise AttributeError(f"{type(self).__name__} has no {name!r}. Fields: {', '.join(FIELDS)}.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +143,11 @@ class ViTImageProcessor:
         files.write_json(Path(folder) / "preprocessor_config.json", self.to_dict())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2)}"
+        try:
+            fields = self.to_dict()
+        except ValueError:  # transformers has no words for it
+            fields = self.preprocess_config.spec()
+        return f"{type(self).__name__} {json.dumps(fields, indent=2)}"
 
 
 ViTFeatureExtractor = ViTImageProcessor
@@ -227,6 +240,9 @@ class Config:
         return f"Config {json.dumps(vars(self), indent=2)}"
 
 
+HARMLESS = ("attn_implementation", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors")
+
+
 class _Pretrained(nn.Module):
     """`model` is opsin's own; this wraps its inputs and outputs."""
 
@@ -240,14 +256,21 @@ class _Pretrained(nn.Module):
         self._preprocess, self._labels = checkpoint.preprocess, checkpoint.labels
 
     @classmethod
-    def from_pretrained(cls: type[P], name: str | os.PathLike[str], *, revision: str | None = None) -> P:
+    def from_pretrained(
+        cls: type[P], name: str | os.PathLike[str], *, revision: str | None = None, **harmless: Any
+    ) -> P:
         """Read a model: hub id, local folder, or whatever `opsin.load` takes. It comes in eval mode, fp32, on the CPU.
+
+        Of transformers' other arguments those in `HARMLESS` are taken, and mean nothing here.
 
         Raises:
             UnknownModel, HubError, CheckpointError: as `opsin.load`.
             NoHead: a classifier was asked of a checkpoint without one. (transformers gives a random one.)
         """
-        return cls(checkpoints.read(os.fspath(name), revision=revision)).eval()
+        for argument in harmless:
+            if argument not in HARMLESS:
+                raise TypeError(f"unexpected argument {argument!r}. Known: revision, {', '.join(HARMLESS)}.")
+        return cls(checkpoints.read(name, revision=revision)).eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write model, labels and preprocessing so that transformers loads them.

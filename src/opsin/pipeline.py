@@ -120,6 +120,12 @@ class Classifier:
             self.image_size = self.preprocess.image_size
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.source.name} cannot take images in batches: {error}") from error
+        shape: Any = checkpoint.model.config
+        if shape.num_channels != 3 or any(side % shape.stride for side in self.image_size):
+            raise CheckpointError(
+                f"{checkpoint.source.name} takes {shape.num_channels} channels and sides that {shape.stride} divides; "
+                f"its preprocessing gives 3 channels of {self.image_size[0]}×{self.image_size[1]} pixels."
+            )
         self.labels = checkpoint.labels
         self.source = checkpoint.source
         self.device = torch.device(device)
@@ -201,9 +207,12 @@ class Classifier:
         start = time.perf_counter()
         try:
             picture = decode(image, max_pixels=self.max_pixels)
-            pixels = self.preprocess.resize(picture)
         except ImageError as error:
             return _Loaded(path, error=error)
+        try:
+            pixels = self.preprocess.resize(picture)
+        except ImageError as error:  # which does not know the name
+            return _Loaded(path, error=type(error)(f"{path}: {error}"))
         except MemoryError:
             return _Loaded(path, error=ImageTooLarge(f"{path}: not enough memory to resize it."))
         return _Loaded(path, pixels, picture.size, ms=(time.perf_counter() - start) * 1e3)

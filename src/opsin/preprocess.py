@@ -115,8 +115,9 @@ def decode(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Any image as upright RGB. Safe to call from many threads.
 
     EXIF orientation is applied, alpha is dropped and modes are converted as Pillow's `convert("RGB")` does (as
-    `transformers.image_utils.load_image`). 16-bit greyscale keeps its high byte, as Pillow keeps it of 16-bit RGB. Of
-    an animation the first frame is taken. The format is told by the bytes, never by the name.
+    `transformers.image_utils.load_image`). 16-bit greyscale keeps its high byte, as Pillow keeps it of 16-bit RGB;
+    32-bit integers and floats, whose range nothing states, are clipped to 0..255 as Pillow does. Of an animation the
+    first frame is taken. The format is told by the bytes, never by the name.
 
     Args:
         source: path; http(s) URL (do not pass on URLs of strangers: it is fetched from this machine); bytes of a
@@ -250,10 +251,10 @@ def _orientation(image: Image.Image) -> int:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    # Pillow reads a 16-bit PNG or PGM as "I;16" or as "I", by version
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF BitsPerSample: 12 in some
-        return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8)).convert("RGB")
+    # Pillow reads a 16-bit PNG or PGM as "I;16" or as "I", by version, and a signed TIFF as "I"
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # TIFF BitsPerSample: 12 in some
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM", "TIFF") and bits <= 16):
+        return Image.fromarray((np.maximum(np.asarray(image), 0) >> (bits - 8)).astype(np.uint8)).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
     if "transparency" in image.info:  # dropped like any alpha; Pillow would warn about it

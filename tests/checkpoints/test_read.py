@@ -242,3 +242,19 @@ def test_other_resizing_of_positions_is_said(
     model = ViT(dataclasses.replace(noisy_checkpoint.model.config, pos_resize="bilinear_corners"))
     checkpoints.write_hf(tmp_path, model, noisy_checkpoint.preprocess, None)
     assert "transformers will resize positions by bicubic, not bilinear_corners" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": ["gelu"]},
+        {"architectures": [None]},
+        {"id2label": "abc"},
+        {"image_size": {"a": 1}},
+        {"patch_size": None},
+    ],
+)
+def test_a_config_of_other_types_is_a_checkpoint_error(changes: dict[str, Any], folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(HF_CONFIG | changes))
+    with pytest.raises(CheckpointError):
+        checkpoints.read(folder)

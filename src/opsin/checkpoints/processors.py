@@ -153,7 +153,7 @@ def read_timm(pretrained_cfg: dict[str, Any]) -> PreprocessConfig:
 
 def _size(value: Any, name: str, *, square: bool) -> tuple[int, int] | int:
     """(H, W), or an int for the shorter edge; `square` says what a bare int in the file means."""
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return (value, value) if square else value
     if isinstance(value, list | tuple) and len(value) == 2:
         return value[0], value[1]

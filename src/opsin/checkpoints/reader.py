@@ -123,7 +123,10 @@ def _read(path: Path, name: str, revision: str | None) -> Checkpoint:
                 f"(transformers: {', '.join(hf.MODEL_TYPES)}), so its model is unknown."
             )
         path = path if path.suffix in files.SUFFIXES else folder
-        model, preprocess, labels = reader.read(folder, config, path)
+        try:
+            model, preprocess, labels = reader.read(folder, config, path)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a list where a name should be, …
+            raise CheckpointError(f"{folder / 'config.json'} is not as {reader.FORMAT} writes it: {error}") from error
         format = reader.FORMAT
     elif path.is_dir():
         raise CheckpointError(f"{path} has no config.json: opsin cannot know the model. Give the weight file itself.")
