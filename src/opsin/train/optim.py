@@ -11,7 +11,7 @@ def muon_and_adamw(
 ) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embeddings, norms, biases and heads.
 
-    Decay applies to matrices only. On the embedded model's data Muon reaches a given loss in about half the steps.
+    Decay applies to matrices only, not to norms, biases and positions.
     """
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
