@@ -444,13 +444,28 @@ def test_image_size() -> None:
             _ = PreprocessConfig(size=size).image_size
 
 
-def test_too_thin_to_resize_by_its_shorter_edge() -> None:
-    thin = Image.new("RGB", (1, 60_000))
+def test_thin_images_are_resized_only_where_the_crop_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    thin = Image.new("RGB", (1, 60_000), "#804020")
+    for config in (PreprocessConfig.timm_crop(224), PreprocessConfig(size=64, crop_size=(80, 48)), PreprocessConfig()):
+        assert config(thin).shape == (3, *config.image_size)
+        height, width = config.image_size
+        assert np.array_equal(config.resize(thin)[height // 2, width // 2], [128, 64, 32])
     with pytest.raises(
         ImageTooLarge, match="1 × 60000 pixels: with the shorter edge at 248 the longer would be 14,880,000"
     ):
-        PreprocessConfig.timm_crop(224)(thin)
-    assert PreprocessConfig()(thin).shape == (3, 224, 224)
+        PreprocessConfig(size=248).resize(thin)
+    noise = np.random.default_rng(0).integers(0, 256, (70, 41, 3), dtype=np.uint8)
+    configs = [
+        PreprocessConfig(size=30, crop_size=(37, 22), crop_rounding=rounding, resample=resample)
+        for rounding in ("down", "half_even")
+        for resample in ("bilinear", "bicubic", "lanczos")  # nearest and box jump where a place falls on an edge
+    ]
+    for picture in (Image.fromarray(noise), Image.fromarray(np.ascontiguousarray(noise.transpose(1, 0, 2)))):
+        whole = [config.resize(picture).astype(int) for config in configs]
+        monkeypatch.setattr(preprocess, "MAX_PIXELS", 1)
+        for config, expected in zip(configs, whole, strict=True):
+            assert np.abs(config.resize(picture) - expected).max() <= 1  # rounding of the filter's places
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("resample", preprocess.RESAMPLES)

@@ -207,12 +207,9 @@ class Classifier:
         start = time.perf_counter()
         try:
             picture = decode(image, max_pixels=self.max_pixels)
+            pixels = self.preprocess.resize(picture)
         except ImageError as error:
             return _Loaded(path, error=error)
-        try:
-            pixels = self.preprocess.resize(picture)
-        except ImageError as error:  # which does not know the name
-            return _Loaded(path, error=type(error)(f"{path}: {error}"))
         except MemoryError:
             return _Loaded(path, error=ImageTooLarge(f"{path}: not enough memory to resize it."))
         return _Loaded(path, pixels, picture.size, ms=(time.perf_counter() - start) * 1e3)

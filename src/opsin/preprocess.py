@@ -464,7 +464,8 @@ class PreprocessConfig:
         Args:
             image: upright RGB, as `decode` gives it.
         Raises:
-            ImageTooLarge: so thin an image that with its shorter edge at `size` it would have over MAX_PIXELS.
+            ImageTooLarge: without a crop, so thin an image that with its shorter edge at `size` it would have over
+                MAX_PIXELS.
         """
         if self.source_crop is not None:
             short = min(image.size)
@@ -477,7 +478,14 @@ class PreprocessConfig:
             pixels = _resize_tensorflow(np.asarray(image), self.size)  # type: ignore[arg-type]  # checked above
         else:
             height, width = self._resized(image)
-            pixels = np.asarray(image.resize((width, height), Image.Resampling(RESAMPLES.index(self.resample))))
+            box = (0.0, 0.0, float(image.width), float(image.height))
+            if height * width > MAX_PIXELS and self.crop_size is not None:
+                (height, top, bottom), (width, left, right) = (
+                    _kept(*lengths, self.crop_rounding)
+                    for lengths in zip((image.height, image.width), (height, width), self.crop_size, strict=True)
+                )
+                box = (left, top, right, bottom)
+            pixels = np.asarray(image.resize((width, height), Image.Resampling(RESAMPLES.index(self.resample)), box))
         if self.crop_size is not None:
             pixels = _centre_crop(pixels, self.crop_size, self.crop_rounding)
         return pixels
@@ -523,7 +531,7 @@ class PreprocessConfig:
         assert self.size is not None
         short, long = sorted(image.size)
         grown = int(self.size * long / short)
-        if self.size * grown > MAX_PIXELS:
+        if self.size * grown > MAX_PIXELS and self.crop_size is None:
             raise ImageTooLarge(
                 f"{image.width} × {image.height} pixels: with the shorter edge at {self.size} the longer would be "
                 f"{grown:,}. Crop the image first."
@@ -563,6 +571,13 @@ def _centre_crop(pixels: np.ndarray, size: tuple[int, int], rounding: str) -> np
     top, left = max(-top, 0), max(-left, 0)
     canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
     return canvas
+
+
+def _kept(length: int, resized: int, crop: int, rounding: str) -> tuple[int, float, float]:
+    """Of one axis that will be resized and cropped: how long what the crop keeps is, and where it comes from."""
+    start, stop = _centre(resized, crop, rounding)
+    start, stop = max(start, 0), min(stop, resized)
+    return stop - start, start * length / resized, stop * length / resized
 
 
 def _centre(length: int, crop: int, rounding: str) -> tuple[int, int]:
