@@ -2,8 +2,8 @@
 
     python -m opsin.recipes.vit_tiny DATA_FOLDER OUT_FOLDER        # OUT_FOLDER/model is assets/vit-tiny
 
-Cost: 3,600 steps of 256 images, 9.7 epochs of 95,000; 100 minutes on two CPU cores (AVX512-BF16) that did other work
-besides, about 65 at the speed they had when left alone. Killed at any time, the same command goes on.
+Cost: 3,600 steps of 256 images, 9.7 epochs of 95,000; 105 minutes on two CPU cores (AVX512-BF16) that did other work
+besides, restarts included. Killed at any time, the same command goes on.
 Measured on the 5,000 held-out images: top-1 41.1 %, top-5 67.9 % (EMA weights, fp16 file, `benchmarks/vit_tiny.py`);
 on the way 29.6 % after 1,500 steps, 34.8 % after 2,000, 38.5 % after 2,500, 40.5 % after 3,000.
 
