@@ -77,7 +77,7 @@ def test_a_read_model_can_be_written_again(folder: Path, tmp_path: Path) -> None
     "changes, reason",
     [
         ({"version": 2}, "version 2 of architecture 'vit'; .* A newer opsin wrote it"),
-        ({"architecture": "perceiver"}, "architecture 'perceiver'"),
+        ({"architecture": "resnet"}, "architecture 'resnet'"),
         ({"colour": "blue"}, "should have exactly the keys .*: colour"),
         ({"model": {"embed_dims": 3}}, "unknown model settings: embed_dims. Known: activation, class_token"),
         ({"model": {"patch_size": 3}}, r"patch_size \(3\) does not divide image_size \(224\)"),

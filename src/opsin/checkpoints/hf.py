@@ -162,7 +162,8 @@ def read_config(config: dict[str, Any], names: Collection[str], path: Path) -> V
         patch_height, patch_width = _pair(get("patch_size", 14 if model_type == "dinov2" else 16))
         if patch_height != patch_width:
             raise CheckpointError(f"{path}: patches of {patch_height}×{patch_width}; opsin's are square.")
-        return native.vit_config(
+        return native.model_config_of(
+            ViTConfig,
             path,
             image_size=_pair(get("image_size", 224)),
             patch_size=patch_height,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -10,11 +10,26 @@ from torch import nn
 from opsin.checkpoints import files, rules
 from opsin.errors import CheckpointError
 from opsin.labels import Labels
-from opsin.models.vit import ViT, ViTConfig
+from opsin.models.perceiver_io import (
+    FlowPerceiverConfig,
+    ImagePerceiverConfig,
+    MultimodalPerceiverConfig,
+    TextPerceiverConfig,
+)
+from opsin.models.vit import ViTConfig
 from opsin.preprocess import PreprocessConfig
+
+C = TypeVar("C")
 
 FORMAT = "opsin"
 VERSION = 1
+ARCHITECTURES: dict[str, type] = {
+    "vit": ViTConfig,
+    "perceiver": ImagePerceiverConfig,
+    "perceiver-text": TextPerceiverConfig,
+    "perceiver-flow": FlowPerceiverConfig,
+    "perceiver-multimodal": MultimodalPerceiverConfig,
+}
 KEYS = ("format", "version", "architecture", "model", "preprocess", "labels")
 
 
@@ -22,46 +37,50 @@ def claims(config: dict[str, Any]) -> bool:
     return config.get("format") == FORMAT
 
 
-def read(folder: Path, config: dict[str, Any], weights: Path) -> tuple[ViT, PreprocessConfig, Labels | None]:
+def read(
+    folder: Path, config: dict[str, Any], weights: Path
+) -> tuple[nn.Module, PreprocessConfig | None, Labels | None]:
     """
     Raises:
         CheckpointError: an unknown version, architecture or key; tensors that do not fit.
     """
     path = folder / "config.json"
-    if config.get("version") != VERSION or config.get("architecture") != "vit":
+    if config.get("version") != VERSION or config.get("architecture") not in ARCHITECTURES:
         raise CheckpointError(
             f"{path} is version {config.get('version')} of architecture {config.get('architecture')!r}; "
-            f'this opsin reads version {VERSION} of "vit". A newer opsin wrote it: pip install -U opsin'
+            f"this opsin reads version {VERSION} of {', '.join(ARCHITECTURES)}. "
+            "A newer opsin wrote it: pip install -U opsin"
         )
     if set(config) != set(KEYS):
         odd = ", ".join(sorted(set(config) ^ set(KEYS)))
         raise CheckpointError(f"{path} should have exactly the keys {', '.join(KEYS)}; too many or missing: {odd}.")
     if not isinstance(config["model"], dict) or "path" in config["model"]:
         raise CheckpointError(f'{path}: "model" is not what opsin writes.')
-    model_config = vit_config(path, **config["model"])
+    model_config: Any = model_config_of(ARCHITECTURES[config["architecture"]], path, **config["model"])
     try:
-        preprocess = PreprocessConfig.from_spec(config["preprocess"])
+        spec = config["preprocess"]
+        preprocess = None if spec is None else PreprocessConfig.from_spec(spec)
         labels = None if config["labels"] is None else _labels(**config["labels"])
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f'{path}: "preprocess" or "labels" is not what opsin writes: {error}') from error
-    if labels is not None and len(labels) != model_config.num_classes:
-        raise CheckpointError(f"{path} has {len(labels)} labels for {model_config.num_classes} classes.")
+    if labels is not None and len(labels) != getattr(model_config, "num_classes", 0):
+        raise CheckpointError(f"{path} has {len(labels)} labels for another number of classes.")
     tensors = files.read_tensors(weights)
     own_names = [rules.Rule(name, name) for name in tensors]
     return rules.load(tensors, own_names, model_config, str(folder)), preprocess, labels
 
 
-def vit_config(path: Path, **fields: Any) -> ViTConfig:
-    """`ViTConfig(**fields)`, with the file's name on what is wrong with it."""
-    known = {field.name for field in dataclasses.fields(ViTConfig)}
+def model_config_of(kind: type[C], path: Path, **fields: Any) -> C:
+    """`kind(**fields)`, a config of `ARCHITECTURES`, with the file's name on what is wrong with it."""
+    assert dataclasses.is_dataclass(kind)
+    known = {field.name for field in dataclasses.fields(kind)}
     unknown = ", ".join(sorted(fields.keys() - known))
     if unknown:
         raise CheckpointError(f"{path} has unknown model settings: {unknown}. Known: {', '.join(sorted(known))}.")
     try:
-        tuples = {name: tuple(fields[name]) for name in ("image_size", "stem") if fields.get(name) is not None}
-        return ViTConfig(**fields | tuples)
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} does not describe a Vision Transformer: {error}") from error
+        raise CheckpointError(f"{path} does not describe a {kind.__name__.removesuffix('Config')}: {error}") from error
 
 
 def _labels(names: list[str], wnids: list[str] | None = None, names_zh: list[str] | None = None) -> Labels:
@@ -71,7 +90,7 @@ def _labels(names: list[str], wnids: list[str] | None = None, names_zh: list[str
 def write(
     folder: Path,
     model: nn.Module,
-    preprocess: PreprocessConfig,
+    preprocess: PreprocessConfig | None,
     labels: Labels | None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -80,18 +99,22 @@ def write(
 
     Each file appears whole or not at all.
     """
-    assert isinstance(model, ViT)
+    config: Any = model.config
+    architecture = next(name for name, kind in ARCHITECTURES.items() if type(config) is kind)
     folder = Path(folder)
-    tensors = {name: tensor.to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+        for name, tensor in model.state_dict().items()
+    }
     files.write_tensors(folder / "model.safetensors", tensors)
     files.write_json(
         folder / "config.json",
         {
             "format": FORMAT,
             "version": VERSION,
-            "architecture": "vit",
-            "model": dataclasses.asdict(model.config),
-            "preprocess": preprocess.spec(),
+            "architecture": architecture,
+            "model": dataclasses.asdict(config),
+            "preprocess": None if preprocess is None else preprocess.spec(),
             "labels": None if labels is None else dataclasses.asdict(labels),
         },
     )

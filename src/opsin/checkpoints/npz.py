@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from opsin.checkpoints import files
-from opsin.checkpoints.native import vit_config
+from opsin.checkpoints.native import model_config_of
 from opsin.checkpoints.rules import TRANSPOSE, Rule, State, Transform, invert, load
 from opsin.errors import CheckpointError
 from opsin.labels import Labels
@@ -199,7 +199,8 @@ def infer_config(state: State, names: Block, path: Path) -> ViTConfig:
             f"{path} has {num_patches} positions of {patch_height}×{patch_width} pixels; "
             "only a square grid of square patches can be told without a config."
         )
-    return vit_config(
+    return model_config_of(
+        ViTConfig,
         path,
         image_size=(side * stride, side * stride),
         patch_size=patch_height,

@@ -5,22 +5,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from opsin.errors import CheckpointError
+from opsin.models.perceiver_io import (
+    FlowPerceiver,
+    FlowPerceiverConfig,
+    ImagePerceiver,
+    ImagePerceiverConfig,
+    MultimodalPerceiver,
+    MultimodalPerceiverConfig,
+    TextPerceiver,
+    TextPerceiverConfig,
+)
+from opsin.models.position import FourierPositions
 from opsin.models.vit import ViT, ViTConfig
 
 State = dict[str, Tensor]
 Names = str | tuple[str, ...]
+
+MODELS: dict[type, type[nn.Module]] = {  # config → the model it shapes
+    ViTConfig: ViT,
+    ImagePerceiverConfig: ImagePerceiver,
+    TextPerceiverConfig: TextPerceiver,
+    FlowPerceiverConfig: FlowPerceiver,
+    MultimodalPerceiverConfig: MultimodalPerceiver,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Transform:
     """Two layouts of one tensor. Each function undoes the other; the config gives what the tensor does not show."""
 
-    to_native: Callable[[Tensor, ViTConfig], Tensor]
-    to_foreign: Callable[[Tensor, ViTConfig], Tensor]
+    to_native: Callable[[Tensor, Any], Tensor]
+    to_foreign: Callable[[Tensor, Any], Tensor]
 
 
 SAME = Transform(lambda t, _: t, lambda t, _: t)
@@ -77,7 +96,7 @@ def _shorten(names: Sequence[str], limit: int = 10) -> str:
     return ", ".join([*names[: limit - 2], f"… {len(names) - limit + 1} more …", names[-1]])
 
 
-def shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor of the model; nothing is allocated."""
     return {name: tuple(tensor.shape) for name, tensor in _empty(config).state_dict().items()}
 
@@ -91,9 +110,9 @@ class _SkipInitialisation(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _empty(config: ViTConfig) -> ViT:
+def _empty(config: Any) -> nn.Module:
     with torch.device("meta"), _SkipInitialisation():
-        return ViT(config)
+        return MODELS[type(config)](config)
 
 
 def _expand(rules: Sequence[Rule], num_layers: int) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Transform]]:
@@ -108,7 +127,7 @@ def _expand(rules: Sequence[Rule], num_layers: int) -> Iterator[tuple[tuple[str,
             )
 
 
-def convert(foreign: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig) -> tuple[State, Report]:
+def convert(foreign: Mapping[str, Tensor], rules: Sequence[Rule], config: Any) -> tuple[State, Report]:
     """Foreign names and layouts → native ones.
 
     Nothing is filled in and nothing left out in silence: all that did not fit is in the report.
@@ -151,7 +170,7 @@ def _join(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # a single one stays where it is: mapped from disk
 
 
-def invert(native: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig) -> State:
+def invert(native: Mapping[str, Tensor], rules: Sequence[Rule], config: Any) -> State:
     """Native names and layouts → foreign ones: `convert` backwards.
 
     Raises:
@@ -171,8 +190,10 @@ def invert(native: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfi
     return foreign
 
 
-def load(foreign: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig, where: str) -> ViT:
-    """The model of `config` with the tensors of a foreign state, fp32; memory is only what the tensors take.
+def load(foreign: Mapping[str, Tensor], rules: Sequence[Rule], config: Any, where: str) -> Any:
+    """The model of `config`, of the class in `MODELS`, with the tensors of a foreign state, fp32.
+
+    Memory is only what the tensors take.
 
     Raises:
         CheckpointError: naming each tensor that is missing, unexpected or misshapen.
@@ -183,5 +204,9 @@ def load(foreign: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig
     if report:
         raise CheckpointError(f"{where} does not fit the model that its config describes. {report}.")
     model = _empty(config)
-    model.load_state_dict({name: tensor.float().contiguous() for name, tensor in native.items()}, assign=True)
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in native.items()}
+    model.load_state_dict({name: tensor.contiguous() for name, tensor in floats.items()}, assign=True)
+    for module in model.modules():
+        if isinstance(module, FourierPositions):
+            module.reset()
     return model.eval()

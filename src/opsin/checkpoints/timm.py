@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opsin.checkpoints import files, processors
-from opsin.checkpoints.native import vit_config
+from opsin.checkpoints.native import model_config_of
 from opsin.checkpoints.npz import default_labels
 from opsin.checkpoints.rules import Rule, State, Transform, load, weight_and_bias, within
 from opsin.errors import CheckpointError
@@ -247,7 +247,8 @@ def infer_config(
         heads = heads or num_heads(embed_dim, len(layers))
     except (ValueError, IndexError) as error:
         raise CheckpointError(f"{path} is not a Vision Transformer that opsin reads: {error}") from error
-    return vit_config(
+    return model_config_of(
+        ViTConfig,
         path,
         image_size=image_size,
         patch_size=patch_height,

@@ -19,25 +19,66 @@ ACTIVATIONS = {
 class Attention(nn.Module):
     """Multi-head attention; q, k and v apart, so that checkpoint tables read one row per tensor.
 
-    Source: Dosovitskiy et al. 2021, Appendix A.
+    Args:
+        dim: width of the queries, and of the result.
+        num_heads: divides both `qk_dim` and `v_dim`.
+        kv_dim: width of what is attended to; `dim` without it.
+        qk_dim: width that queries and keys are projected to; `dim` without it.
+        v_dim: width that values are projected to; `qk_dim` without it.
+    Source: Dosovitskiy et al. 2021, Appendix A; the four widths: deepmind-research `perceiver.py` `Attention`.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        kv_dim: int | None = None,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
+        qkv_bias: bool = True,
+    ) -> None:
         super().__init__()
+        kv_dim = kv_dim or dim
+        qk_dim = qk_dim or dim
+        v_dim = v_dim or qk_dim
+        for name, width in (("qk_dim", qk_dim), ("v_dim", v_dim)):
+            if width % num_heads:
+                raise ValueError(f"num_heads ({num_heads}) does not divide {name} ({width}).")
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.out = nn.Linear(dim, dim)
+        self.q = nn.Linear(dim, qk_dim, bias=qkv_bias)
+        self.k = nn.Linear(kv_dim, qk_dim, bias=qkv_bias)
+        self.v = nn.Linear(kv_dim, v_dim, bias=qkv_bias)
+        self.out = nn.Linear(v_dim, dim)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B h N d
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """(B, M, D) queries attend over (B, N, D) tokens → (B, M, D)."""
+    def forward(
+        self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, M, D) queries attend over (B, N, C) tokens → (B, M, D).
+
+        Args:
+            mask: (B, N) bool, which tokens may be attended to. Where none may, the context is zero.
+            query_mask: (B, M) bool; the context of the others is zero.
+        """
         q, k, v = self._split(self.q(queries)), self._split(self.k(tokens)), self._split(self.v(tokens))
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.out(x.transpose(1, 2).flatten(2))
+        scale, v_dim = q.shape[-1] ** -0.5, v.shape[-1]
+        if q.shape[-1] < v_dim:  # fused kernels want one width; zeros add nothing to q·k
+            q, k = (F.pad(x, (0, v_dim - x.shape[-1])) for x in (q, k))
+        elif q.shape[-1] > v_dim:
+            v = F.pad(v, (0, q.shape[-1] - v_dim))
+        if mask is None:
+            x = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        else:
+            some = mask.any(dim=1, keepdim=True)  # B 1
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | ~some)[:, None, None, :], scale=scale)
+            query_mask = some if query_mask is None else query_mask & some
+        x = x[..., :v_dim].transpose(1, 2).flatten(2)
+        if query_mask is not None:
+            x = x * query_mask[:, :, None]
+        return self.out(x)
 
     def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """The softmax weights that `forward` uses without ever storing them: (B, heads, M, N), rows sum to one."""
@@ -89,6 +130,8 @@ class TransformerLayer(nn.Module):
         activation: Activation = "gelu",
         gated_mlp: bool = False,
         qkv_bias: bool = True,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
         layer_scale: bool = False,
         dropout_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -96,7 +139,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.dropout_rate, self.drop_path_rate = dropout_rate, drop_path_rate
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias)
+        self.attn = Attention(dim, num_heads, qk_dim=qk_dim, v_dim=v_dim, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim, mlp_dim, activation=activation, gated=gated_mlp, dropout_rate=dropout_rate)
         self.attn_scale = nn.Parameter(torch.ones(dim)) if layer_scale else None
@@ -114,6 +157,48 @@ class TransformerLayer(nn.Module):
         y = self.norm1(x)
         x = x + self._branch(self.attn(y, y), self.attn_scale)
         return x + self._branch(self.mlp(self.norm2(x)), self.mlp_scale)
+
+
+class CrossAttentionLayer(nn.Module):
+    """Queries read tokens, then an MLP: x = [queries +] attention(norm(queries), norm(tokens)); x + MLP(norm(x)).
+
+    Args:
+        dim: width of the queries, and of the result.
+        kv_dim: width of the tokens; also of the projected queries, keys and values where `qk_dim` does not say.
+        query_residual: add the queries to what they read. Leave it out where queries and outputs mean different
+            things: positions in, pixels out.
+    Source: Jaegle et al. 2021, §3.1; deepmind-research `perceiver/perceiver.py` `CrossAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kv_dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        *,
+        norm_eps: float = 1e-5,
+        activation: Activation = "gelu_tanh",
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
+        query_residual: bool = True,
+    ) -> None:
+        super().__init__()
+        self.query_residual = query_residual
+        self.norm_q = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm_kv = nn.LayerNorm(kv_dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, kv_dim=kv_dim, qk_dim=qk_dim or kv_dim, v_dim=v_dim)
+        self.norm_mlp = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = MLP(dim, mlp_dim, activation=activation)
+
+    def forward(
+        self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, M, D), (B, N, C) → (B, M, D); the masks as `Attention` takes them."""
+        x = self.attn(self.norm_q(queries), self.norm_kv(tokens), mask, query_mask)
+        if self.query_residual:
+            x = queries + x
+        return x + self.mlp(self.norm_mlp(x))
 
 
 class AttentionPool(nn.Module):

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from opsin.data.tiny_imagenet import TinyImageNet
+from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.position import sincos_2d
 from opsin.models.vit import ViT, ViTConfig
 from opsin.train.augment import drop_tokens, random_resized_crop
@@ -34,7 +35,7 @@ class Phase:
 class TrainConfig:
     """What a recipe returns. Short sequences first: most of the training at a fraction of the cost."""
 
-    model: ViTConfig
+    model: ViTConfig | ImagePerceiverConfig
     phases: tuple[Phase, ...]
     batch_size: int = 256
     muon_lr: float = 3e-3
@@ -49,6 +50,8 @@ class TrainConfig:
     save_every: int = 500  # steps; also how often the held-out accuracy is measured
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, ViTConfig):
+            return
         if self.model.num_prefix:
             raise ValueError("token dropping would drop the class token: train a model with class_token=False.")
         if self.model.dropout_rate or self.model.drop_path_rate:
@@ -98,7 +101,17 @@ def accuracy(model: nn.Module, data: TinyImageNet, *, batch_size: int = 250) -> 
     return hits1 / len(rows), hits5 / len(rows)
 
 
-def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT:
+def build(config: ViTConfig | ImagePerceiverConfig) -> ViT | ImagePerceiver:
+    """A model with its random start."""
+    if isinstance(config, ImagePerceiverConfig):
+        return ImagePerceiver(config)
+    model = ViT(config)
+    with torch.no_grad():  # a learned table that starts from sine-cosine positions saves the first epochs
+        model.pos_embed.copy_(sincos_2d(config.grid, config.embed_dim) * 0.1)
+    return model
+
+
+def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT | ImagePerceiver:
     """Train on the CPU from scratch, or go on from `out/checkpoint.pt` if it is there; returns the EMA model.
 
     The random numbers of a step (order, crops, dropped tokens) depend on seed and step only, so a run that was
@@ -106,9 +119,7 @@ def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT:
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    model = ViT(config.model)
-    with torch.no_grad():  # a learned table that starts from sine-cosine positions saves the first epochs
-        model.pos_embed.copy_(sincos_2d(config.model.grid, config.model.embed_dim) * 0.1)
+    model = build(config.model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     optimizers = muon_and_adamw(
         model, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr, weight_decay=config.weight_decay
@@ -149,7 +160,9 @@ def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT:
             pixels = random_resized_crop(
                 normalise(images), phase.image_size, min_area=config.min_crop_area, generator=generator
             )
-            # torch's fused attention has a slow backward on CPUs: half of the whole step at 64 tokens
+            # torch's fused attention has a slow backward on CPUs, half of the whole step at 64 tokens; the plain one
+            # goes through fp32 unless told otherwise
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
             with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 tokens = drop_tokens(model.embed(pixels), phase.keep_tokens, generator=generator)
                 logits = model.classify(model.pool(model.encode(tokens)))
@@ -180,5 +193,5 @@ def train(config: TrainConfig, data: TinyImageNet, out: Path) -> ViT:
             if saving:
                 save()
     trained = average.module.eval()
-    assert isinstance(trained, ViT)
+    assert isinstance(trained, ViT | ImagePerceiver)
     return trained

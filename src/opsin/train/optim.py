@@ -11,13 +11,13 @@ def muon_and_adamw(
 ) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embeddings, norms, biases and heads.
 
-    Decay applies to matrices only, not to norms, biases and positions.
+    Decay applies to matrices only, not to norms, biases, positions and latents.
     """
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
-        if name.startswith("layers.") and parameter.ndim == 2:
+        if (".attn." in name or ".mlp." in name) and parameter.ndim == 2:
             matrices.append(parameter)
-        elif parameter.ndim >= 2 and "pos_embed" not in name:
+        elif parameter.ndim >= 2 and not name.endswith(("pos_embed", "latents", "positions.table")):
             decayed.append(parameter)
         else:
             plain.append(parameter)
