@@ -1,6 +1,5 @@
 """Every entry built and counted; the counts against those that were published."""
 
-import dataclasses
 import subprocess
 import sys
 

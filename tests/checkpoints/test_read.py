@@ -81,8 +81,8 @@ def test_a_read_model_can_be_written_again(folder: Path, tmp_path: Path) -> None
         ({"colour": "blue"}, "should have exactly the keys .*: colour"),
         ({"model": {"embed_dims": 3}}, "unknown model settings: embed_dims. Known: activation, class_token"),
         ({"model": {"patch_size": 3}}, r"patch_size \(3\) does not divide image_size \(224\)"),
-        ({"model": {"num_heads": 0}}, "does not describe a Vision Transformer"),
-        ({"model": {"embed_dim": "wide"}}, "does not describe a Vision Transformer"),
+        ({"model": {"num_heads": 0}}, "does not describe a ViT"),
+        ({"model": {"embed_dim": "wide"}}, "does not describe a ViT"),
         ({"preprocess": {"sizes": 3}}, '"preprocess" or "labels"'),
         ({"labels": {"names": ["a"], "colours": []}}, '"preprocess" or "labels"'),
         ({"labels": {"names": ["a"], "wnids": None, "names_zh": None}}, "1 labels for 7 classes"),
@@ -183,10 +183,10 @@ HF_CONFIG = {"model_type": "vit", "architectures": ["ViTForImageClassification"]
     [
         ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'. opsin has gelu, gelu_pytorch_tanh"),
         ({"patch_size": [8, 16]}, "patches of 8×16; opsin's are square"),
-        ({"hidden_size": "wide"}, "does not describe a Vision Transformer"),
+        ({"hidden_size": "wide"}, "does not describe a ViT"),
         ({"num_attention_heads": 5}, "does not divide embed_dim"),
         ({"id2label": {"0": "a", "2": "c"}}, "id2label does not name the classes 0 to 1"),
-        ({"image_size": None}, "does not describe a Vision Transformer"),
+        ({"image_size": None}, "does not describe a ViT"),
     ],
 )
 def test_transformers_configs_that_do_not_work(
