@@ -1,4 +1,10 @@
-"""image → labels: `load()` gives the object a user holds."""
+"""image → labels: `load()` gives the object a user holds.
+
+    Classifier    images → labels, features      here
+    TextModel     text with gaps → text          text.py
+    FlowModel     two images → motion            flow.py
+    VideoModel    a clip → a clip, labels        video.py
+"""
 
 import itertools
 import os
@@ -20,6 +26,7 @@ from opsin.checkpoints import Checkpoint
 from opsin.errors import CheckpointError, ImageError, ImageTooLarge, NoHead
 from opsin.labels import Labels
 from opsin.labels import top_k as top_k_labels
+from opsin.models.perceiver_io import FlowPerceiver, MultimodalPerceiver, TextPerceiver
 from opsin.preprocess import MAX_PIXELS, ImageSource, decode
 
 DEFAULT_MODEL = "opsin/vit-tiny"
@@ -34,8 +41,8 @@ def load(
     device: str = "auto",
     lang: str = "en",
     max_pixels: int = MAX_PIXELS,
-) -> "Classifier":
-    """Load a model with its preprocessing and labels.
+) -> Any:
+    """Load a model with all that belongs to it: a `Classifier`, or by its task a `TextModel`, `FlowModel`, `VideoModel`.
 
     Args:
         name: hub id (`google/vit-large-patch16-224`), local folder, .safetensors / .npz / .pth file, or a name of
@@ -54,7 +61,20 @@ def load(
     if lang not in ("en", "zh"):
         raise ValueError(f'lang is "{lang}". Known: "en", "zh".')
     device = str(find_device(device))  # before a model is downloaded for it
-    return Classifier(checkpoints.read(name, revision=revision), device=device, lang=lang, max_pixels=max_pixels)
+    checkpoint = checkpoints.read(name, revision=revision)
+    if isinstance(checkpoint.model, TextPerceiver):
+        from opsin.text import TextModel
+
+        return TextModel(checkpoint, device=device)
+    if isinstance(checkpoint.model, FlowPerceiver):
+        from opsin.flow import FlowModel
+
+        return FlowModel(checkpoint, device=device, max_pixels=max_pixels)
+    if isinstance(checkpoint.model, MultimodalPerceiver):
+        from opsin.video import VideoModel
+
+        return VideoModel(checkpoint, device=device, max_pixels=max_pixels)
+    return Classifier(checkpoint, device=device, lang=lang, max_pixels=max_pixels)
 
 
 def find_device(name: str) -> torch.device:

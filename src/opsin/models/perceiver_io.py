@@ -103,8 +103,8 @@ class ImagePerceiverConfig(PerceiverConfig):
         PerceiverConfig.__post_init__(self)
         if self.front_end not in get_args(FrontEnd):
             raise ValueError(f'front_end is "{self.front_end}". Known: {", ".join(get_args(FrontEnd))}.')
-        if self.front_end == "conv" and min(self.image_size) < 8 * self.stride // 4:
-            raise ValueError(f"image_size {self.image_size} is too small for {self.num_stages} convolution stages.")
+        if self.front_end == "conv" and min(self.image_size) < (least := 2 * 4**self.num_stages):
+            raise ValueError(f"image_size {self.image_size} is too small: the convolution takes {least} and more.")
 
     @property
     def stride(self) -> int:
