@@ -176,7 +176,7 @@ def test_models_lists_the_catalogue() -> None:
     rows = records(opsin("models"))
     names = [row["name"] for row in rows]
     assert DEFAULT_MODEL == PIPELINE_DEFAULT
-    assert {DEFAULT_MODEL, "google/vit-large-patch16-224"} <= set(names)
+    assert {DEFAULT_MODEL, "google/vit-large-patch16-224", "deepmind/vision-perceiver-conv"} <= set(names)
     assert set(rows[0]) == {"name", "task", "params", "licence", "top-1 %", "cached", "source"}
 
 

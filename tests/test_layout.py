@@ -18,8 +18,9 @@ ROWS = [
     {"compat", "recipes"},
     {"train"},
     {"pipeline", "results"},
-    {"checkpoints", "data"},
-    {"models", "preprocess", "labels"},
+    {"text", "flow", "video"},
+    {"checkpoints", "data", "engine"},
+    {"models", "preprocess", "labels", "device"},
     {"errors"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -160,7 +160,7 @@ def test_without_a_head_there_are_features_and_no_labels(noisy_checkpoint: Check
 
 
 def test_load_names_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match='dtype is "int3". Known: "auto", "fp32".'):
+    with pytest.raises(ValueError, match='dtype is "int3". Known: "auto", "fp32", "bf16".'):
         opsin.load(dtype="int3")
     with pytest.raises(ValueError, match='lang is "fr"'):
         opsin.load(lang="fr")
@@ -197,3 +197,14 @@ def test_a_model_that_cannot_take_its_pixels(
     model = ViT(replace(noisy_checkpoint.model.config, num_channels=channels))
     with pytest.raises(CheckpointError, match=found):
         Classifier(replace(noisy_checkpoint, model=model, preprocess=PreprocessConfig(size=size)))
+
+
+def test_dtypes_agree(noisy_checkpoint: Checkpoint) -> None:
+    plain, fast, half = (Classifier(noisy_checkpoint, dtype=dtype) for dtype in ("fp32", "auto", "bf16"))
+    images = [picture(i) for i in range(3)]
+    expected = plain.logits(images)
+    torch.testing.assert_close(fast.logits(images), expected, rtol=1e-4, atol=1e-4)
+    assert 0 < (half.logits(images) - expected).abs().max() < 0.1 * expected.std()
+    assert half.logits(images).dtype == torch.float32
+    assert next(half.model.parameters()).dtype == torch.float32
+    assert (plain.dtype, fast.dtype, half.dtype) == ("fp32", "fp32", "bf16")

@@ -1,9 +1,11 @@
 """decode: whatever comes in is upright RGB or an ImageError. PreprocessConfig: what it refuses, and how it is named."""
 
+import dataclasses
 import http.server
 import io
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -394,9 +396,12 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "negative edge": ({"size": -3}, "size is"),
     "crop int": ({"crop_size": 224}, r"crop_size is 224; it must be \(H, W\)"),
     "resample": ({"resample": "bicubik"}, 'resample is "bicubik". Did you mean "bicubic"\\? Known: nearest, lanczos'),
-    "antialias": ({"antialias": False, "resample": "bicubic"}, 'antialias=False goes with resample "bilinear"'),
+    "antialias": (
+        {"antialias": False, "resample": "lanczos"},
+        'antialias=False goes with resample "bilinear" or "bicubic" and size',
+    ),
     "antialias edge": ({"antialias": False, "size": 224}, r"and size \(H, W\), not .* and 224"),
-    "rounding": ({"crop_rounding": "up"}, 'crop_rounding is "up". Known: down, half_even'),
+    "rounding": ({"crop_rounding": "even"}, 'crop_rounding is "even". Known: down, half_even, up'),
     "mean alone": ({"std": None}, r"mean is \(0.5, 0.5, 0.5\) and std is None; give both or neither"),
     "two means": ({"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\); it must be 3 finite numbers"),
     "nan": ({"mean": (0.5, float("nan"), 0.5)}, "mean is .* it must be 3 finite numbers"),
@@ -482,6 +487,23 @@ def test_jax_squash_by_hand() -> None:
     assert PreprocessConfig.jax_squash((1, 2))(image)[0, 0].tolist() == [-1, pytest.approx((200 - 127.5) / 127.5)]
 
 
+def test_deepmind_perceiver_is_that_of_opencv() -> None:
+    """Crop, its odd margins and the bicubic resize; see golden/make_preprocess_opencv.py. Ties may round apart."""
+    differing = []
+    with np.load(Path(__file__).parent / "golden" / "preprocess_opencv.npz") as golden:
+        assert len(golden.files) == 6
+        for size in golden.files:
+            height, width = map(int, size.split("x"))
+            noise = Image.frombytes("RGB", (width, height), random.Random(size).randbytes(height * width * 3))
+            got = PreprocessConfig.deepmind_perceiver((23, 29)).resize(noise)
+            assert (got.dtype, got.shape) == (np.uint8, (23, 29, 3))
+            differing.append(np.abs(got.astype(int) - golden[size]))
+    assert np.max(differing) <= 1 and np.mean(differing) < 1e-3
+    white = PreprocessConfig.deepmind_perceiver()(Image.new("RGB", (300, 257), "white"))
+    expected = [(1 - mean) / std for mean, std in zip(preprocess.IMAGENET_MEAN, preprocess.IMAGENET_STD, strict=True)]
+    assert white.shape == (3, 224, 224) and white[:, 0, 0].tolist() == pytest.approx(expected)
+
+
 def test_squash_without_antialias_then_crop() -> None:
     half = (127.5, 127.5, 127.5)
     whole = PreprocessConfig(size=(8, 8), antialias=False, rescale_factor=None, mean=half, std=half)
@@ -550,6 +572,10 @@ def test_processor_errors(config: dict[str, Any], message: str) -> None:
         (
             PreprocessConfig(size=(31, 31), crop_size=(28, 28), crop_rounding="half_even"),
             "rounds an odd crop margin down",
+        ),
+        (
+            dataclasses.replace(PreprocessConfig.deepmind_perceiver(), antialias=True),
+            'rounds an odd crop margin down, DeepMind up. .*crop_rounding="down"',
         ),
         (PreprocessConfig(source_crop=(0.9, 0.9), crop_size=(9, 9)), "crops before the resize only for a Perceiver"),
         (PreprocessConfig(source_crop=(0.123, 0.9)), "source_crop .* is no ratio of whole pixels"),

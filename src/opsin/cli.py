@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 # exit codes; 2, usage, is click's own
 ALL_GOOD, NOT_WRITTEN, SOME_FAILED, MODEL_FAILED, INTERRUPTED = 0, 1, 3, 4, 130
 DEFAULT_MODEL = "opsin/vit-tiny"  # equal to pipeline.DEFAULT_MODEL, which would import torch
+TEXT_MODEL, FLOW_MODEL = "deepmind/language-perceiver", "deepmind/optical-flow-perceiver"
+VIDEO_MODEL = "deepmind/multimodal-perceiver"
+
+# class of a loaded model: what it does, and the commands that take it
+TASKS = {
+    "Classifier": ("classifies images", ("classify", "embed")),
+    "TextModel": ("fills gaps in text", ("fill-mask",)),
+    "FlowModel": ("measures motion between two images", ("flow",)),
+    "VideoModel": ("rebuilds video with sound", ("autoencode",)),
+}
 
 
 @click.group(
@@ -37,6 +48,9 @@ def main() -> None:
     opsin classify photo.jpg holiday/ 'more/*.png' --top-k 5
     find . -name '*.jpg' | opsin classify - > labels.jsonl
     opsin embed holiday/ --out features.parquet
+    opsin fill-mask "some words are[MASK:8]."
+    opsin flow frame1.png frame2.png --out flow.png
+    opsin autoencode clip.mp4 --out rebuilt.mp4
     opsin models
     """
     click.get_current_context().color = False if os.environ.get("NO_COLOR") else None
@@ -55,8 +69,8 @@ def image_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
                          help="Write a .jsonl, .csv or .parquet file instead of standard output."),
             click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True),
-            click.option("--dtype", type=click.Choice(["auto", "fp32"]), default="auto", show_default=True,
-                         help="fp32 is the exact reference."),
+            click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
+                         help="fp32 is the exact reference; bf16 is faster, equal to about two digits."),
             click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
             click.option("--max-pixels", type=click.IntRange(1), metavar="N",
                          help="Refuse larger images before decoding them."),
@@ -84,6 +98,187 @@ def classify(paths: tuple[str, ...], top_k: int, **options: Any) -> None:
 def embed(paths: tuple[str, ...], **options: Any) -> None:
     """Turn images into feature vectors, for search, clustering or a classifier of your own."""
     run(paths, task="embed", top_k=1, lang="en", **options)
+
+
+def model_options(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Which model, and where it runs, for a command of one task."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(
+            [
+                click.option("--model", default=default, show_default=True, metavar="NAME",
+                             help="Hub id, folder or file."),
+                click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub."),
+                click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
+            ]
+        ):  # fmt: skip
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@main.command("fill-mask", short_help="Fill the gaps of a text.")
+@click.argument("text")
+@model_options(TEXT_MODEL)
+@click.option("--top-k", "--topk", type=click.IntRange(1, 256), default=5, show_default=True, help="Bytes per mask.")
+def fill_mask(text: str, top_k: int, **options: Any) -> None:
+    """Fill the gaps of a text, or with - of each line on standard input.
+
+    One [MASK] is one missing byte, a letter of English; [MASK:8] is eight of them. Begin a gap with the space before
+    the word: "some words are[MASK:8]." A table on a terminal, JSON lines in a pipe: one record per text; one that
+    cannot be filled is a record with "ok": false.
+    """
+    from opsin.errors import ModelError, TextError
+    from opsin.results import json_line
+
+    failed = False
+    try:
+        model = load_model("fill-mask", **options)
+        with answering():
+            for each in stdin_texts() if text == "-" else [text]:
+                record: dict[str, Any]
+                try:
+                    answer = model.fill_mask(each, top_k=top_k)
+                    record = {"text": each, "ok": True, "filled": answer["filled"], "gaps": answer["gaps"]}
+                except TextError as error:
+                    failed = True
+                    record = {"text": each, "ok": False, "error": {"type": error.kind, "message": str(error)}}
+                if sys.stdout.isatty():
+                    show_filled(record)
+                else:
+                    print(json_line(record), flush=True)
+    except ModelError as error:
+        fail(error)
+    sys.exit(SOME_FAILED if failed else ALL_GOOD)
+
+
+@main.command(short_help="Measure the motion between two images.")
+@click.argument("image1")
+@click.argument("image2")
+@model_options(FLOW_MODEL)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a picture in the colours of a wheel (.png), or the numbers (.flo, .npy).",
+)
+@click.option(
+    "--truth",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The true motion (.flo, .npy): print the end-point error.",
+)
+@click.option("--max-pixels", type=click.IntRange(1), metavar="N", help="Refuse larger images before decoding them.")
+def flow(
+    image1: str, image2: str, out: Path | None, truth: Path | None, max_pixels: int | None, **options: Any
+) -> None:
+    """Measure the motion of every pixel from one image to the next, two of one size: files or URLs.
+
+    Prints a summary, as JSON in a pipe: motion is in pixels, x to the right and y down. epe is the mean distance to
+    the true motion, epe_still what it would be had nothing been seen to move. In the picture still is white, to the
+    right red, down yellow, left blue, up violet.
+    """
+    if out is not None:
+        check_out(out, "opsin.flow")
+    from opsin.errors import FlowError, ImageError, ModelError
+    from opsin.flow import end_point_error, read_flow, read_frames, write_flow
+    from opsin.preprocess import MAX_PIXELS
+    from opsin.results import json_line
+
+    max_pixels = max_pixels or MAX_PIXELS
+    try:
+        frames = read_frames(image1, image2, max_pixels=max_pixels)
+        true_motion = None if truth is None else read_flow(truth)
+        still = None if true_motion is None else end_point_error(0 * frames[0, :, :, :2].astype("f4"), true_motion)
+    except (ImageError, FlowError) as error:
+        say(str(error))
+        sys.exit(SOME_FAILED)
+    try:
+        model = load_model("flow", max_pixels=max_pixels, **options)
+        with answering(out):
+            with parts("tiles") as on_tile:
+                motion = model.flow(*frames, on_tile=on_tile)
+            if out is not None:
+                write_flow(out, motion)
+            speed = (motion.astype(float) ** 2).sum(axis=2) ** 0.5
+            summary = {
+                "width": motion.shape[1],
+                "height": motion.shape[0],
+                "mean_x": float(motion[:, :, 0].mean()),
+                "mean_y": float(motion[:, :, 1].mean()),
+                "mean_motion": float(speed.mean()),
+                "max_motion": float(speed.max()),
+            }
+            if true_motion is not None:
+                summary |= {"epe": end_point_error(motion, true_motion), "epe_still": still}
+            if sys.stdout.isatty():
+                for name, value in summary.items():
+                    click.echo(f"{name:12} {value:.2f}" if isinstance(value, float) else f"{name:12} {value}")
+            else:
+                print(json_line(summary), flush=True)
+    except ModelError as error:
+        fail(error)
+
+
+@main.command(short_help="Rebuild a video with its sound.")
+@click.argument("clip")
+@model_options(VIDEO_MODEL)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="The rebuilt clip, .mp4.",
+)
+@click.option("--silent", is_flag=True, help="Take a clip without sound for a silent one.")
+@click.option("--max-pixels", type=click.IntRange(1), metavar="N", help="Refuse larger frames before decoding them.")
+def autoencode(clip: str, out: Path, silent: bool, max_pixels: int | None, **options: Any) -> None:
+    """Rebuild a video with its sound from what a model keeps of it, and name what it shows.
+
+    The middle square is taken, 25 frames a second, and the first channel of the sound. Prints a summary, as JSON in a
+    pipe: psnr_video and psnr_audio say how close the rebuilt clip is, in decibels, before it is compressed into FILE.
+    """
+    check_out(out, "opsin.video")
+    with suppress(OSError, ValueError):
+        if out.samefile(clip):
+            raise click.BadParameter(f'"{out}" is the clip itself.', param_hint="--out")
+    from opsin.errors import ModelError, VideoError
+    from opsin.results import json_line
+    from opsin.video import MAX_FRAME_PIXELS, Score, best_labels, read_clip, video_writer
+
+    max_pixels = max_pixels or MAX_FRAME_PIXELS
+    record: dict[str, Any]
+    try:
+        try:
+            read_clip(clip, num_frames=2, max_pixels=max_pixels, silent=silent)  # before a model is downloaded for it
+            model = load_model("autoencode", max_pixels=max_pixels, **options)
+            with answering(out):
+                score = Score()
+                with parts("parts") as advance, video_writer(out, sample_rate=model.sample_rate) as write:
+                    for chunk in model.stream(clip, silent=silent, progress=advance):
+                        write(chunk.frames, chunk.audio)
+                        score.add(chunk)
+            best = best_labels(score.probs, model.labels, 5)
+            record = {"path": clip, "ok": True, "out": str(out)}
+            record |= {"frames": score.num_frames, "seconds": score.seconds}
+            decibels = {"psnr_video": score.psnr_frames, "psnr_audio": score.psnr_audio}
+            record |= {name: value if value < float("inf") else None for name, value in decibels.items()}  # as JSON
+            record |= {"label": best[0]["label"], "index": best[0]["index"], "score": best[0]["score"], "topk": best}
+        except VideoError as error:
+            record = {"path": clip, "ok": False, "error": {"type": error.kind, "message": str(error)}}
+    except ModelError as error:
+        fail(error)
+    with answering():
+        if not sys.stdout.isatty():
+            print(json_line(record), flush=True)
+        else:
+            show(record)
+            if record["ok"]:
+                for name in ("frames", "seconds", "psnr_video", "psnr_audio"):
+                    value = record[name]
+                    click.echo(f"  {name:10}  {f'{value:.2f}' if isinstance(value, float) else cell(value)}")
+    sys.exit(ALL_GOOD if record["ok"] else SOME_FAILED)
 
 
 @main.command(short_help="List the known models, or search the hub.")
@@ -160,22 +355,17 @@ def run(
     """`classify` and `embed`: inputs → records → terminal, pipe or file, then the exit code."""
     from opsin.data.files import find_images
     from opsin.errors import MissingExtra, ModelError, NoHead
-    from opsin.results import check_format, json_line, writer
+    from opsin.results import json_line, writer
 
     if out is not None:
-        try:
-            check_format(out)
-        except (ValueError, MissingExtra) as error:
-            raise click.BadParameter(str(error), param_hint="--out") from None
-        if not out.parent.is_dir():
-            raise click.BadParameter(f'the folder "{out.parent}" does not exist.', param_hint="--out")
+        check_out(out, "opsin.results")
     if paths.count("-") and len(paths) > 1:
         raise click.UsageError("- reads every path from standard input; give it alone.")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop keeps the records too
     counts = {"images": 0, "failed": 0}
     try:
-        classifier = load_model(lang=lang, **options)
+        classifier = load_model(task, lang=lang, **options)
         images: Iterable[str]
         if paths == ("-",):
             images, total = stdin_paths(), None
@@ -207,14 +397,44 @@ def run(
         say(f"interrupted after {counts['images']} images{where}")
         sys.exit(INTERRUPTED)
     except OSError as error:  # an input that cannot be read is a record, so this is the output
-        if isinstance(error, BrokenPipeError) and out is None:  # `opsin … | head`: the reader has what it wanted
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
-            sys.exit(ALL_GOOD)
-        say(f"{out or 'standard output'} cannot be written: {error.strerror or error}")
-        sys.exit(NOT_WRITTEN)
+        not_written(error, out)
     if not counts["images"]:
         say(f"no images in {', '.join(paths)}")
     sys.exit(SOME_FAILED if counts["failed"] else ALL_GOOD)
+
+
+def check_out(out: Path, module: str) -> None:
+    """Refuse a file that could not be written, before any work is done; `module` knows its formats."""
+    from opsin.errors import MissingExtra
+
+    try:
+        import_module(module).check_format(out)
+    except (ValueError, MissingExtra) as error:
+        raise click.BadParameter(str(error), param_hint="--out") from None
+    if not out.parent.is_dir():
+        raise click.BadParameter(f'the folder "{out.parent}" does not exist.', param_hint="--out")
+
+
+@contextmanager
+def answering(out: Path | None = None) -> Iterator[None]:
+    """The exit codes of a command that stores nothing until it ends: interrupted, or not written."""
+    if not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(INTERRUPTED)
+    except OSError as error:  # an input that cannot be read is an OpsinError, so this is the output
+        not_written(error, out)
+
+
+def not_written(error: OSError, out: Path | None) -> NoReturn:
+    if isinstance(error, BrokenPipeError) and out is None:  # `opsin … | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        sys.exit(ALL_GOOD)
+    say(f"{out or 'standard output'} cannot be written: {error.strerror or error}")
+    sys.exit(NOT_WRITTEN)
 
 
 def say(text: str) -> None:
@@ -223,15 +443,25 @@ def say(text: str) -> None:
         click.echo(f"opsin: {text}", err=True)
 
 
-def load_model(*, model: str, lang: str, max_pixels: int | None, **options: Any) -> "Classifier":
-    from opsin.pipeline import find_device, load
+def load_model(command: str, *, model: str, max_pixels: int | None = None, **options: Any) -> Any:
+    """The model, of a class that `command` takes.
+
+    Raises:
+        ModelError: it cannot be loaded, or is for another command.
+    """
+    from opsin.device import find_device
+    from opsin.errors import ModelError
+    from opsin.pipeline import load
     from opsin.preprocess import MAX_PIXELS
 
     try:
         find_device(options["device"])
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--device") from None
-    classifier = load(model, lang=lang, max_pixels=max_pixels or MAX_PIXELS, **options)
+    loaded = load(model, max_pixels=max_pixels or MAX_PIXELS, **options)
+    task, commands = TASKS[type(loaded).__name__]
+    if command not in commands:
+        raise ModelError(f"{model} {task}; {' and '.join(f'`opsin {name}`' for name in commands)} can use it.")
     if model == DEFAULT_MODEL:
         from opsin.checkpoints.catalog import CATALOG
 
@@ -240,7 +470,7 @@ def load_model(*, model: str, lang: str, max_pixels: int | None, **options: Any)
             f"using the embedded {DEFAULT_MODEL} (200 everyday classes, {score} % top-1 on held-out images). "
             "For 1,000 classes: --model google/vit-large-patch16-224 (82.7 %, 1.2 GB)."
         )
-    return classifier
+    return loaded
 
 
 def describe(classifier: "Classifier", *, task: str) -> dict[str, Any]:
@@ -253,18 +483,28 @@ def describe(classifier: "Classifier", *, task: str) -> dict[str, Any]:
         "sha256": source.sha256,
         "preprocess": classifier.preprocess.spec(),
         "preprocess_hash": classifier.preprocess.hash(),
-        "dtype": "fp32",
+        "dtype": classifier.dtype,
         "device": str(classifier.device),
         "opsin": __version__,
         **({"embedding_dim": classifier.feature_dim} if task == "embed" else {}),
     }
 
 
+def stdin_lines() -> Iterator[bytes]:
+    """The lines that are not empty."""
+    for line in sys.stdin.buffer:
+        if stripped := line.rstrip(b"\r\n"):
+            yield stripped
+
+
 def stdin_paths() -> Iterator[str]:
     """One path a line; bytes that are not UTF-8 survive. A folder named here is one input, and so one error."""
-    for line in sys.stdin.buffer:
-        if path := line.rstrip(b"\r\n"):
-            yield os.fsdecode(path)
+    return map(os.fsdecode, stdin_lines())
+
+
+def stdin_texts() -> Iterator[str]:
+    """One text a line; bytes that are not UTF-8 become what a model refuses, so that one bad line is one error."""
+    return (line.decode("utf-8", "surrogateescape") for line in stdin_lines())
 
 
 def printable(text: str) -> str:
@@ -284,6 +524,18 @@ def show(record: dict[str, Any]) -> None:
         for best in record["topk"]:
             bar = "█" * round(20 * best["score"]) or "▏"
             click.echo(f"  {best['score']:6.1%}  {bar:20}  {best['label']}")
+
+
+def show_filled(record: dict[str, Any]) -> None:
+    """One filled text for people: the text, then a line for each mask with its best bytes."""
+    if not record["ok"]:
+        click.secho(printable(f"{record['error']['type']}: {record['error']['message']}"), fg="red")
+        return
+    click.secho(printable(record["filled"]), bold=True)
+    for gap in record["gaps"]:
+        click.echo(printable(f'  "{gap["text"]}"'))
+        for choices in gap["bytes"]:
+            click.echo("    " + "  ".join(f"{best['token']} {best['score']:.1%}" for best in choices))
 
 
 @contextmanager
@@ -331,6 +583,35 @@ def progress(total: int | None) -> Iterator[Callable[[dict[str, int]], None]]:
         yield advance
     if seen["images"] > 1:
         say(line())
+
+
+@contextmanager
+def parts(noun: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress through the parts of one answer, on standard error: a bar on a terminal, a line a minute elsewhere."""
+    start = last = time.monotonic()
+
+    def line(done: int, total: int) -> str:
+        rate = done / max(time.monotonic() - start, 1e-9)
+        return f"{done} of {total} {noun}, {rate:.1f} {noun}/s, ETA {(total - done) / rate:.0f} s"
+
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        with Progress(
+            BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
+        ) as bar:
+            task = bar.add_task(noun, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total, description=line(done, total))
+    else:
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > 60:
+                last = time.monotonic()
+                say(line(done, total))
+
+        yield advance
 
 
 def fail(error: Exception) -> NoReturn:

@@ -7,6 +7,19 @@
     │   ├── NotAnImage              the bytes are of no known image format
     │   ├── ImageCorrupt            a known format, cut short or damaged
     │   └── ImageTooLarge           more pixels or bytes than the limit
+    ├── VideoError              a clip is bad
+    │   ├── VideoNotFound           no such file
+    │   ├── VideoUnreadable         a directory, no permission, a codec that is not there
+    │   ├── NotAVideo               of no known container, without pictures, or one picture only
+    │   ├── NoAudio                 without sound
+    │   ├── VideoCorrupt            damaged or cut short
+    │   └── VideoTooLarge           frames of more pixels than the limit
+    ├── TextError               a text cannot be filled in
+    │   ├── NoMask                  it has no [MASK]
+    │   └── TextTooLong             more bytes than the model has places
+    ├── FlowError               frames or files of motion that do not fit
+    │   ├── FramesDiffer            two frames of different sizes
+    │   └── FlowFileError           a file of motion that cannot be read
     ├── ModelError              the model could not be loaded; nothing was computed
     │   ├── UnknownModel            no such name here, in the catalogue or on the hub
     │   ├── HubError                the hub could not be reached, or refused
@@ -47,6 +60,62 @@ class ImageCorrupt(ImageError):
 
 class ImageTooLarge(ImageError):
     kind = "too_large"
+
+
+class VideoError(OpsinError):
+    """A clip could not be turned into frames and samples."""
+
+    kind = "video"  # the `error.type` of its record
+
+
+class VideoNotFound(VideoError):
+    kind = "not_found"
+
+
+class VideoUnreadable(VideoError):
+    kind = "unreadable"
+
+
+class NotAVideo(VideoError):
+    kind = "not_a_video"
+
+
+class NoAudio(VideoError):
+    kind = "no_audio"
+
+
+class VideoCorrupt(VideoError):
+    kind = "corrupt"
+
+
+class VideoTooLarge(VideoError):
+    kind = "too_large"
+
+
+class TextError(OpsinError, ValueError):
+    """A text that a model of text cannot take."""
+
+    kind = "text"  # the `error.type` of its record
+
+
+class NoMask(TextError):
+    kind = "no_mask"
+
+
+class TextTooLong(TextError):
+    kind = "too_long"
+
+
+class FlowError(OpsinError, ValueError):
+    """Motion was asked of, or compared with, what does not fit."""
+
+
+class FramesDiffer(FlowError):
+    pass
+
+
+class FlowFileError(FlowError):
+    pass
 
 
 class ModelError(OpsinError):

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
 
 from opsin.checkpoints import catalog
-from opsin.checkpoints.catalog import CATALOG, Entry, nearest, shape
-from opsin.models.vit import ViT
+from opsin.checkpoints.catalog import CATALOG, Entry, Task, nearest, shape
+from opsin.checkpoints.rules import MODELS
+from opsin.models.perceiver_io import ImagePerceiverConfig
+from opsin.models.vit import ViTConfig
 from opsin.recipes.vit_tiny import recipe
 
 # Parameters with 1,000 classes, without pre_logits: (width, patch, image size) → count. Source: vision_transformer
@@ -29,7 +33,7 @@ PUBLISHED = {
     (1024, 16, 224): 304_326_632,
     (1024, 16, 384): 304_715_752,
 }
-PUBLISHED_BY_NAME = {  # ViTModel with its pooler; AugReg's heads of 21,843 classes
+PUBLISHED_BY_NAME = {  # ViTModel with its pooler; AugReg's heads of 21,843 classes; Perceivers of transformers
     "google/vit-base-patch16-224-in21k": 86_389_248,
     "google/vit-large-patch16-224-in21k": 304_351_232,
     "google/vit-huge-patch14-224-in21k": 632_404_480,
@@ -39,6 +43,12 @@ PUBLISHED_BY_NAME = {  # ViTModel with its pooler; AugReg's heads of 21,843 clas
     "timm/vit_tiny_r_s16_p8_224.augreg_in21k_ft_in1k": 6_337_704,
     "timm/vit_small_r26_s32_224.augreg_in21k_ft_in1k": 36_431_912,
     "timm/vit_large_r50_s32_224.augreg_in21k_ft_in1k": 328_994_856,
+    "deepmind/vision-perceiver-conv": 48_646_522,
+    "deepmind/vision-perceiver-fourier": 48_440_627,
+    "deepmind/vision-perceiver-learned": 62_255_848,
+    "deepmind/language-perceiver": 201_108_230,
+    "deepmind/optical-flow-perceiver": 41_057_134,
+    "deepmind/multimodal-perceiver": 19_858_855,
 }
 
 
@@ -50,13 +60,15 @@ def count(model: torch.nn.Module) -> int:
 def test_every_entry_builds_with_its_count(entry: Entry) -> None:
     config = shape(entry.name)
     with torch.device("meta"):
-        model = ViT(config)
+        model = MODELS[type(config)](config)
     assert count(model) == entry.params
-    assert config.image_size == (entry.image_size, entry.image_size)
-    assert (config.num_classes > 0) == (entry.task == "classify")
-    plain = config.stem is None and not config.distillation_token
+    if entry.image_size is not None:
+        assert config.image_size == (entry.image_size, entry.image_size)
+    if isinstance(config, ViTConfig | ImagePerceiverConfig):
+        assert (config.num_classes > 0) == (entry.task == "classify")
+    plain = isinstance(config, ViTConfig) and config.stem is None and not config.distillation_token
     if entry.architecture in ("vit", "deit") and config.num_classes == 1000 and plain:
-        assert entry.params == PUBLISHED[config.embed_dim, config.patch_size, entry.image_size]
+        assert entry.params == PUBLISHED[config.embed_dim, config.patch_size, config.image_size[0]]
     assert entry.params == PUBLISHED_BY_NAME.get(entry.name, entry.params)
 
 
@@ -69,9 +81,10 @@ def test_every_published_count_is_met() -> None:
 def test_deit3_is_a_vit_with_two_scales_per_layer() -> None:
     for name, entry in CATALOG.items():
         config = shape(name)
-        published = PUBLISHED.get((config.embed_dim, config.patch_size, entry.image_size))
-        if entry.architecture == "deit3" and published:
-            assert entry.params == published + 2 * config.num_layers * config.embed_dim
+        if entry.architecture != "deit3":
+            continue
+        published = PUBLISHED.get((config.embed_dim, config.patch_size, config.image_size[0]))
+        assert not published or entry.params == published + 2 * config.num_layers * config.embed_dim
 
 
 def test_counts_of_the_reference_models() -> None:
@@ -123,9 +136,10 @@ def test_entries_are_whole() -> None:
 
 
 def test_no_family_is_left_out() -> None:
-    assert len(CATALOG) == 123
-    owners = {owner: sum(name.startswith(f"{owner}/") for name in CATALOG) for owner in ("google", "facebook", "timm")}
-    assert owners == {"google": 11, "facebook": 28, "timm": 81}
+    assert len(CATALOG) == 129
+    owners = Counter(name.partition("/")[0] for name in CATALOG)
+    assert owners == {"google": 11, "facebook": 28, "timm": 81, "deepmind": 6, "WinKawaks": 2, "opsin": 1}
+    assert {entry.task for entry in CATALOG.values()} == set(get_args(Task))
 
 
 def test_published_scores() -> None:
@@ -134,6 +148,12 @@ def test_published_scores() -> None:
     assert large.score_source == "vision_transformer README: resized to 224 × 224"
     assert CATALOG["google/vit-base-patch16-224"].score == 81.31
     assert CATALOG["timm/vit_large_patch16_384.augreg_in21k_ft_in1k"].score == 87.096
+    perceivers = {name: e.score for name, e in CATALOG.items() if e.architecture == "perceiver" and e.params > 4e7}
+    assert perceivers == {
+        "deepmind/vision-perceiver-conv": 82.1,
+        "deepmind/vision-perceiver-fourier": 79.0,
+        "deepmind/vision-perceiver-learned": 72.7,
+    }
 
 
 @pytest.mark.parametrize(
@@ -145,6 +165,7 @@ def test_published_scores() -> None:
         ("timm/vit_large_patch16_384", "timm/vit_large_patch16_384.augreg_in21k_ft_in1k"),
         ("facebook/dino-v2-base", "facebook/dinov2-base"),
         ("vit-tiny", "opsin/vit-tiny"),
+        ("deepmind/vision-perceiver", "deepmind/vision-perceiver-conv"),
     ],
 )
 def test_nearest(name: str, best: str) -> None:

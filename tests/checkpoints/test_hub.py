@@ -349,11 +349,14 @@ def test_search(hub: HubServer, machine: Machine) -> None:
     add("g/flowers-detector", 999, "transformers", "safetensors", "vit", task="object-detection")
     add("h/flowers-gated", 999, "transformers", "safetensors", "vit", gated=True)
     add("i/cats", 999, "transformers", "safetensors", "vit")
+    add("j/flowers-perceiver", 40, "transformers", "safetensors", "perceiver")
+    add("k/flowers-text", 999, "transformers", "safetensors", "perceiver", task="text-classification")
     code = "import dataclasses; report(lambda: [dataclasses.astuple(m) for m in hub.search({})])"
     assert machine.run(code.format("'flowers'")).value == [
         ["b/flowers-deit", "deit", 70, 7, None],
         ["c/Flowers-reg", "dinov2_with_registers", 60, 6, "mit"],
         ["a/flowers-vit", "vit", 50, 5, "apache-2.0"],
+        ["j/flowers-perceiver", "perceiver", 40, 4, None],
     ]
     assert [name for name, *_ in machine.run(code.format("'flowers', limit=1")).value] == ["b/flowers-deit"]
     hub.stop()

@@ -109,12 +109,14 @@ def test_what_does_not_fit_is_named() -> None:
         "blocks.0.attn.gate": torch.ones(1),
         "head.weight": torch.ones(9, 22),
         "blocks.0.norm1.bias": torch.ones(()),
+        "blocks.0.attn.qkv.bias": torch.ones(()),
     }
     _, report = convert(foreign, timm.rules(CONFIG), CONFIG)
     assert report.missing == ("blocks.1.attn.qkv.weight", "norm.bias")
     assert report.unexpected == ("blocks.0.attn.gate",)
     assert report.reshaped == (
-        "blocks.0.norm1.bias () cannot be laid out as (22,)",
+        "blocks.0.norm1.bias () gives (), the model has (22,)",
+        "blocks.0.attn.qkv.bias () cannot be laid out as (22,)",
         "head.weight (9, 22) gives (9, 22), the model has (7, 22)",
     )
 

@@ -366,7 +366,7 @@ def test_hybrid(near: Near, tmp_path: Path) -> None:
     arrays = hybrid()
     np.savez(tmp_path / "R_Ti.npz", **arrays)  # type: ignore[arg-type]
     checkpoint = checkpoints.read(tmp_path / "R_Ti.npz")
-    assert checkpoint.preprocess.image_size == (8 * GRID, 8 * GRID)
+    assert checkpoint.preprocess and checkpoint.preprocess.image_size == (8 * GRID, 8 * GRID)
     images = np.random.default_rng(2).uniform(-1, 1, (2, 8 * GRID, 8 * GRID, 3)).astype(np.float32)
     expected = forward(arrays, stem(arrays, images))
     with torch.no_grad():

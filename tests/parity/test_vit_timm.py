@@ -98,7 +98,7 @@ def test_folder(name: str, timm: ModuleType, noise: Noise, near: Near, tmp_path:
         images = pixels(model.config.image_size)
         near(model(images), reference(images))
     assert checkpoint.source.format == "timm"
-    assert checkpoint.preprocess.image_size == model.config.image_size
+    assert checkpoint.preprocess and checkpoint.preprocess.image_size == model.config.image_size
     assert checkpoint.labels == (
         Labels.from_names([f"class {i}" for i in range(7)]) if settings["num_classes"] else None
     )
@@ -177,7 +177,7 @@ def test_original_dinov2(name: str, timm: ModuleType, noise: Noise, near: Near, 
     model = checkpoint.model
     assert isinstance(model, ViT)
     assert model.config.pos_resize == ("bicubic_antialias" if model.config.num_registers else "bicubic")
-    assert checkpoint.preprocess.image_size == (224, 224)
+    assert checkpoint.preprocess and checkpoint.preprocess.image_size == (224, 224)
     with torch.no_grad():
         near(model(pixels(model.config.image_size)), reference(pixels(model.config.image_size)))
 
@@ -190,7 +190,7 @@ def test_original_deit_3(timm: ModuleType, noise: Noise, near: Near, tmp_path: P
     }
     torch.save({"model": state}, tmp_path / "deit_3_small_224_1k.pth")
     checkpoint = checkpoints.read(tmp_path / "deit_3_small_224_1k.pth")
-    assert checkpoint.preprocess.mean == (0.485, 0.456, 0.406)
+    assert checkpoint.preprocess and checkpoint.preprocess.mean == (0.485, 0.456, 0.406)
     with torch.no_grad():
         near(checkpoint.model(pixels((48, 48))), reference(pixels((48, 48))))
 

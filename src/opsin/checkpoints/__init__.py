@@ -1,14 +1,15 @@
 """Checkpoint files ↔ models.
 
     native.py  opsin's own form: model.safetensors + config.json
-    hf.py      transformers: ViT, DeiT, DINOv2, with and without registers
+    hf.py      transformers: ViT, DeiT, DINOv2, with and without registers; Perceiver through hf_perceiver.py
     timm.py    timm, and the original DeiT, DINO, DINOv2 and MAE files, which share its names
     npz.py     the JAX releases: vision_transformer, big_vision
+    haiku.py   DeepMind's Perceiver IO
 
     name ── read ──> Checkpoint ── write, write_hf ──> folder
 
-Only this package knows foreign names. `files.py` gets tensors out of files without executing anything in them,
-`rules.py` turns a table of names into a reader and a writer.
+Only this package knows foreign names. `files.py` and `pickles.py` get tensors out of files without executing
+anything in them, `rules.py` turns a table of names into a reader and a writer.
 """
 
 from importlib import import_module

@@ -7,10 +7,9 @@ did-you-mean, and for checking that the shapes are right: a test builds every en
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:  # listing the catalogue costs no torch
-    from opsin.models.vit import ViTConfig
+Task = Literal["classify", "features", "fill-mask", "flow", "autoencode"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,26 +18,27 @@ class Entry:
 
     Args:
         name: hub id, or the name of the embedded model.
-        architecture: family of the checkpoint: vit, deit, deit3, dino, dinov2.
+        architecture: family of the checkpoint: vit, deit, deit3, dino, dinov2; of Perceivers, the name that opsin's own
+            files have for the network: perceiver, perceiver-text, perceiver-flow, perceiver-multimodal.
         params: of the model as opsin runs it: a pooler counts, so does the row of zeros that DeiT III's class token has
             for a position; DINOv2's mask token, used in training only, does not.
-        image_size: pixels, the square that the position table is made for; what a photo is resized to is for the
-            checkpoint's own preprocessing to say (DINOv2: 224).
+        image_size: pixels, the square that the position table is made for, None where it is none (text, flow); what a
+            photo is resized to is for the checkpoint's own preprocessing to say (DINOv2: 224).
         licence: of the weights, as their repository states it.
-        task: "classify", or "features" for a checkpoint without a head.
+        task: "classify", or "features" for a checkpoint without a head; else the name of its command.
         score: published ImageNet-1k top-1 in percent, by the protocol that `score_source` names; None where this
             project has seen no figure.
         url: where the weights are.
         revision, sha256: commit and digest of the file; None where not verified.
-        config: arguments of `ViTConfig`; see `shape`.
+        config: arguments of the model's config; see `shape`.
     """
 
     name: str
     architecture: str
     params: int
-    image_size: int
+    image_size: int | None
     licence: str
-    task: Literal["classify", "features"]
+    task: Task
     score: float | None
     score_source: str | None
     url: str
@@ -47,15 +47,16 @@ class Entry:
     config: dict[str, Any] = field(repr=False, hash=False)
 
 
-def shape(name: str) -> "ViTConfig":
-    """The model shape of a catalogue entry.
+def shape(name: str) -> Any:
+    """The model shape of a catalogue entry, a config of `native.ARCHITECTURES`.
 
     Raises:
         KeyError: no such entry; `nearest` finds the ones alike.
     """
-    from opsin.models.vit import ViTConfig
+    from opsin.checkpoints.native import ARCHITECTURES  # listing the catalogue costs no torch
 
-    return ViTConfig(**CATALOG[name].config)
+    entry = CATALOG[name]
+    return ARCHITECTURES.get(entry.architecture, ARCHITECTURES["vit"])(**entry.config)
 
 
 def nearest(name: str, n: int = 3) -> list[str]:
@@ -94,6 +95,7 @@ SIZES = {
 TIMM = "timm results: bicubic, centre crop of 0.9 at 224 pixels, of 1.0 at 384"
 SQUASH = "transformers issue 28264: resized to 224 × 224"
 JAX = "vision_transformer README: resized to 224 × 224"
+PERCEIVER = "Jaegle et al. 2021, Perceiver IO, Table 7: centre crop of 0.875 at 224 pixels"
 
 # Families: what their checkpoints share. transformers and timm differ in the norm and in how positions are resized.
 HF: dict[str, Any] = {"norm_eps": 1e-12, "pos_resize": "bicubic"}
@@ -218,6 +220,20 @@ HYBRIDS: list[tuple[Row, tuple[int, ...]]] = [  # with the stages of the ResNet 
     (("timm/vit_large_r50_s32_224.augreg_in21k_ft_in1k", "large", 1, 224, 328_994_856, 84.434), (3, 4, 6, 3)),
     (("timm/vit_large_r50_s32_384.augreg_in21k_ft_in1k", "large", 1, 384, 329_092_136, 86.188), (3, 4, 6, 3)),
 ]
+PERCEIVERS: list[tuple[str, str, Task, int, int | None, float | None, dict[str, Any]]] = [  # …, image size, score, …
+    ("vision-perceiver-conv", "perceiver", "classify", 48_646_522, 224, 82.1, {}),
+    (
+        "vision-perceiver-fourier", "perceiver", "classify", 48_440_627, 224, 79.0,
+        {"front_end": "pixels", "max_resolution": (224, 224)},
+    ),
+    (
+        "vision-perceiver-learned", "perceiver", "classify", 62_255_848, 224, 72.7,
+        {"front_end": "conv1x1", "embed_dim": 256},
+    ),
+    ("language-perceiver", "perceiver-text", "fill-mask", 201_108_230, None, None, {}),
+    ("optical-flow-perceiver", "perceiver-flow", "flow", 41_057_134, None, None, {}),
+    ("multimodal-perceiver", "perceiver-multimodal", "autoencode", 19_858_855, 224, None, {}),
+]  # fmt: skip
 DINOV2_PARAMS = {  # size → registers → backbone, and with the linear head over class token and mean patch
     "small": {0: (22_056_192, 22_825_192), 4: (22_057_728, 22_826_728)},
     "base": {0: (86_579_712, 88_116_712), 4: (86_582_784, 88_119_784)},
@@ -242,6 +258,22 @@ def _entry(row: Row, family: str, source: str | None = TIMM, num_classes: int = 
         | {"image_size": (image_size, image_size), "patch_size": patch_size, "num_classes": num_classes}
         | config,
     )
+
+
+def _perceivers() -> Iterator[Entry]:
+    for name, architecture, task, params, image_size, score, config in PERCEIVERS:
+        yield Entry(
+            name=f"deepmind/{name}",
+            architecture=architecture,
+            params=params,
+            image_size=image_size,
+            licence="Apache-2.0",
+            task=task,
+            score=score,
+            score_source=None if score is None else PERCEIVER,
+            url=f"https://huggingface.co/deepmind/{name}",
+            config=config | {"numerics": "transformers"},
+        )
 
 
 def _dinov2() -> Iterator[Entry]:
@@ -301,6 +333,7 @@ def _entries() -> Iterator[Entry]:
     for tag in ("fb_in1k", "fb_in22k_ft_in1k"):
         for row in DEIT3:
             yield _entry((f"timm/{row[0]}.{tag}", *row[1:]), "deit3", layer_scale=True, **TIMM_VIT)
+    yield from _perceivers()
 
 
 CATALOG: dict[str, Entry] = {entry.name: entry for entry in _entries()}

@@ -1,7 +1,8 @@
 """Tensors out of weight files: safely, or not at all.
 
 A file is never trusted about its own size, and no pickle is executed: PyTorch files go through the restricted
-unpickler (`weights_only`), NumPy files are read without pickles. What is wrong with a bad file is named.
+unpickler (`weights_only`), those of JAX programs through `pickles.py`, NumPy files are read without pickles. What is
+wrong with a bad file is named.
 """
 
 import contextlib
@@ -25,12 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opsin.checkpoints import pickles
 from opsin.errors import CheckpointError, UnsafeCheckpoint
 
 log = logging.getLogger(__name__)
 
 PYTORCH_SUFFIXES = (".bin", ".pth", ".pt")
-SUFFIXES = (".safetensors", *PYTORCH_SUFFIXES, ".npz")
+HAIKU_SUFFIXES = (".pystate", ".pickle")
+SUFFIXES = (".safetensors", *PYTORCH_SUFFIXES, ".npz", *HAIKU_SUFFIXES)
 FOLDER_FILES = (  # in the order of preference
     "model.safetensors",
     "model.safetensors.index.json",
@@ -133,6 +136,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         return _read_safetensors(path)
     if suffix == ".npz":
         return _read_npz(path)
+    if suffix in HAIKU_SUFFIXES:
+        return pickles.read_tensors(path)
     if suffix in PYTORCH_SUFFIXES:
         return _read_pytorch(path)
     raise CheckpointError(f'{path} ends in "{suffix}"; weights are read from {", ".join(SUFFIXES)}.')

@@ -1,7 +1,8 @@
-"""transformers: ViT, DeiT, DINOv2 and DINOv2 with registers; `save_pretrained` folders in, and out.
+"""transformers: ViT, DeiT, DINOv2, with registers or without, and Perceiver; `save_pretrained` folders in, and out.
 
 Files of transformers 4 and 5 carry the same names. What a transformers 5 model holds in memory, and a state dict
-saved by hand therefore has, is named otherwise: those names are read too, and never written.
+saved by hand therefore has, is named otherwise: those names are read too, and never written. (A Perceiver's are the
+same; what there is to know about it is in `hf_perceiver.py`.)
 """
 
 import logging
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from opsin.checkpoints import files, native, processors
-from opsin.checkpoints.rules import Rule, invert, load, weight_and_bias, within
+from opsin.checkpoints import files, hf_perceiver, native, processors
+from opsin.checkpoints.rules import Rule, State, invert, load, weight_and_bias, within
 from opsin.errors import CheckpointError
 from opsin.labels import Labels
 from opsin.models.vit import ViT, ViTConfig
@@ -95,7 +96,8 @@ def rules(config: ViTConfig) -> list[Rule]:
     return [*EMBEDDINGS, *layers, *ENDS, *heads]
 
 
-MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")  # each also the prefix of its tensors, all but heads
+VIT_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")  # each also the prefix of its tensors, all but heads
+MODEL_TYPES = (*VIT_TYPES, hf_perceiver.MODEL_TYPE)
 CLASSIFIERS = ("ForImageClassification", "ForImageClassificationWithTeacher")
 
 ACTIVATIONS = {  # theirs → ours; the first of each of ours is written
@@ -113,7 +115,9 @@ def claims(config: dict[str, Any]) -> bool:
     return "model_type" in config
 
 
-def read(folder: Path, config: dict[str, Any], weights: Path) -> tuple[ViT, PreprocessConfig, Labels | None]:
+def read(
+    folder: Path, config: dict[str, Any], weights: Path
+) -> tuple[nn.Module, PreprocessConfig | None, Labels | None]:
     """
     Raises:
         CheckpointError: a model type or setting that opsin does not have; tensors that do not fit.
@@ -122,19 +126,35 @@ def read(folder: Path, config: dict[str, Any], weights: Path) -> tuple[ViT, Prep
     model_type = config["model_type"]
     if model_type not in MODEL_TYPES:
         raise CheckpointError(f"{path} is of type {model_type!r}. opsin reads {', '.join(MODEL_TYPES)}.")
-    tensors = files.strip_prefix(files.read_tensors(weights), f"{model_type}.")
-    model_config = read_config(config, tensors, path)
-    model = load(tensors, rules(model_config), model_config, str(folder))
-    if (folder / "preprocessor_config.json").is_file():
-        processor = files.read_json(folder / "preprocessor_config.json")
+    tensors, model_config, preprocess = files.read_tensors(weights), None, None
+    if model_type == hf_perceiver.MODEL_TYPE:
+        architecture = hf_perceiver.model_class(config, tensors, path)
+        if architecture in hf_perceiver.IMAGE_CLASSES:
+            learned = architecture == hf_perceiver.LEARNED
+            preprocess = _read_preprocess(folder, model_type, _pair(config.get("image_size", 56) if learned else 224))
+        num_labels = _num_labels(config)
+        model_config = hf_perceiver.read_config(config, architecture, preprocess, num_labels, path)
+        table = hf_perceiver.rules(model_config)
     else:
-        processor = default_processor(model_type, model_config.image_size)
+        tensors = files.strip_prefix(tensors, f"{model_type}.")
+        model_config = read_config(config, tensors, path)
+        preprocess = _read_preprocess(folder, model_type, model_config.image_size)
+        table = rules(model_config)
+    model = load(tensors, table, model_config, str(folder))
+    return model, preprocess, _read_labels(config, getattr(model_config, "num_classes", 0), path)
+
+
+def _read_preprocess(folder: Path, model_type: str, image_size: tuple[int, int]) -> PreprocessConfig:
+    path = folder / "preprocessor_config.json"
+    if path.is_file():
+        processor = files.read_json(path)
+    else:
+        processor = default_processor(model_type, image_size)
         log.warning("%s has no preprocessor_config.json: taking what %s models use, %s", folder, model_type, processor)
     try:
-        preprocess = processors.read_hf(processor)
+        return processors.read_hf(processor)
     except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'preprocessor_config.json'}: {error}") from error
-    return model, preprocess, _read_labels(config, model_config.num_classes, path)
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_config(config: dict[str, Any], names: Collection[str], path: Path) -> ViTConfig:
@@ -188,7 +208,7 @@ def read_config(config: dict[str, Any], names: Collection[str], path: Path) -> V
             drop_path_rate=float(get("drop_path_rate", 0.0)) if dino else 0.0,
         )
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not describe a Vision Transformer: {error}") from error
+        raise CheckpointError(f"{path} does not describe a ViT: {error}") from error
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -230,6 +250,9 @@ def default_processor(model_type: str, image_size: tuple[int, int]) -> dict[str,
     if model_type == "deit":
         kind = {"image_processor_type": "DeiTImageProcessor"}
         size = {"height": round(height / 0.875), "width": round(width / 0.875)}
+    elif model_type == hf_perceiver.MODEL_TYPE:  # a crop of size / crop_size first, then the resize
+        kind, size = {"image_processor_type": "PerceiverImageProcessor"}, {"height": height, "width": width}
+        height, width = round(height / 0.875), round(width / 0.875)
     else:
         kind = {"image_processor_type": "BitImageProcessor"}
         size, height, width = {"shortest_edge": 256}, 224, 224  # whatever the size of the position table, 518 as a rule
@@ -237,15 +260,35 @@ def default_processor(model_type: str, image_size: tuple[int, int]) -> dict[str,
     return kind | {"size": size, "resample": 3} | crop | common | imagenet
 
 
-def write(folder: Path, model: nn.Module, preprocess: PreprocessConfig, labels: Labels | None) -> None:
+def write(folder: Path, model: nn.Module, preprocess: PreprocessConfig | None, labels: Labels | None) -> None:
     """Write a folder that `transformers` loads, with equal outputs at the model's image size.
 
     At other sizes transformers resizes positions by the rule of its model class; a warning says when that differs.
     Raises:
         CheckpointError: transformers has no such model; the message says what stands in the way.
     """
-    assert isinstance(model, ViT)
-    config = model.config
+    config: Any = model.config
+    state, config_json = _write_vit(config, model) if isinstance(model, ViT) else hf_perceiver.write(model)
+    try:
+        processor = None if preprocess is None else processors.write_hf(preprocess)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    num_classes = getattr(config, "num_classes", 0)
+    if num_classes:
+        names = [labels.name(i) if labels else f"LABEL_{i}" for i in range(num_classes)]
+        config_json["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config_json["label2id"] = {name: i for i, name in enumerate(names)}
+    folder = Path(folder)
+    tensors = {name: tensor.cpu() for name, tensor in state.items()}
+    floats = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    files.write_tensors(folder / "model.safetensors", tensors | floats)
+    files.write_json(folder / "config.json", config_json)
+    if processor is not None:
+        files.write_json(folder / "preprocessor_config.json", processor)
+
+
+def _write_vit(config: ViTConfig, model: ViT) -> tuple[State, dict[str, Any]]:
+    """Tensors and config.json, all but the labels."""
     model_type, architecture = _model_class(config)
     state = invert(model.state_dict(), rules(config), config)
     if model_type.startswith("dinov2"):
@@ -255,18 +298,10 @@ def write(folder: Path, model: nn.Module, preprocess: PreprocessConfig, labels: 
     resize = "bicubic_antialias" if model_type == "dinov2_with_registers" else "bicubic"
     if config.pos_resize != resize:
         log.warning(
-            "%s: at sizes other than %s, transformers will resize positions by %s, not %s as this model does.",
-            folder, config.image_size, resize, config.pos_resize,
+            "At sizes other than %s, transformers will resize positions by %s, not %s as this model does.",
+            config.image_size, resize, config.pos_resize,
         )  # fmt: skip
-    try:
-        processor = processors.write_hf(preprocess)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    config_json = _write_config(config, model_type, architecture, labels)
-    folder = Path(folder)
-    files.write_tensors(folder / "model.safetensors", {name: t.float().cpu() for name, t in state.items()})
-    files.write_json(folder / "config.json", config_json)
-    files.write_json(folder / "preprocessor_config.json", processor)
+    return state, _write_config(config, model_type, architecture)
 
 
 def _model_class(config: ViTConfig) -> tuple[str, str]:
@@ -297,7 +332,7 @@ def _model_class(config: ViTConfig) -> tuple[str, str]:
     return "vit", f"ViT{head}"
 
 
-def _write_config(config: ViTConfig, model_type: str, architecture: str, labels: Labels | None) -> dict[str, Any]:
+def _write_config(config: ViTConfig, model_type: str, architecture: str) -> dict[str, Any]:
     height, width = config.image_size
     data: dict[str, Any] = {
         "architectures": [architecture],
@@ -327,10 +362,6 @@ def _write_config(config: ViTConfig, model_type: str, architecture: str, labels:
         data["intermediate_size"] = config.mlp_dim
     if config.num_registers:
         data["num_register_tokens"] = config.num_registers
-    if config.num_classes:
-        names = [labels.name(i) if labels else f"LABEL_{i}" for i in range(config.num_classes)]
-        data["id2label"] = {str(i): name for i, name in enumerate(names)}
-        data["label2id"] = {name: i for i, name in enumerate(names)}
     return data
 
 

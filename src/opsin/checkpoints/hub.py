@@ -46,7 +46,7 @@ from opsin.errors import CheckpointError, HubError, ModelError, UnknownModel
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURES = ("vit", "deit", "dinov2", "dinov2_with_registers")
+ARCHITECTURES = ("vit", "deit", "dinov2", "dinov2_with_registers", "perceiver")
 """Tags of the hub, the `model_type` of config.json, that opsin reads."""
 
 CONFIG = "config.json"

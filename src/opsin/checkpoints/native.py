@@ -63,8 +63,9 @@ def read(
         labels = None if config["labels"] is None else _labels(**config["labels"])
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f'{path}: "preprocess" or "labels" is not what opsin writes: {error}') from error
-    if labels is not None and len(labels) != getattr(model_config, "num_classes", 0):
-        raise CheckpointError(f"{path} has {len(labels)} labels for another number of classes.")
+    num_classes = getattr(model_config, "num_classes", 0)
+    if labels is not None and len(labels) != num_classes:
+        raise CheckpointError(f"{path} has {len(labels)} labels for {num_classes} classes.")
     tensors = files.read_tensors(weights)
     own_names = [rules.Rule(name, name) for name in tensors]
     return rules.load(tensors, own_names, model_config, str(folder)), preprocess, labels

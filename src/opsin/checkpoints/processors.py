@@ -75,7 +75,7 @@ def write_hf(config: PreprocessConfig) -> dict[str, Any]:
     """
     if not config.antialias:
         raise ValueError(
-            "transformers cannot resize without antialiasing, as the JAX release does. "
+            "transformers cannot resize without antialiasing, as the JAX releases do. "
             "dataclasses.replace(config, antialias=True) comes close; it changes the pixels, so measure the accuracy."
         )
     if config.crop_size and config.crop_rounding != "down":
@@ -90,6 +90,11 @@ def write_hf(config: PreprocessConfig) -> dict[str, Any]:
     size, crop_size = config.size, config.crop_size
     if config.source_crop:
         kind = "PerceiverImageProcessor"
+        if config.crop_rounding != "down":
+            raise ValueError(
+                "transformers rounds an odd crop margin down, DeepMind up. "
+                'dataclasses.replace(config, crop_rounding="down") shifts some images by one pixel.'
+            )
         if crop_size or not isinstance(size, tuple):
             raise ValueError("transformers crops before the resize only for a Perceiver: to size (H, W), no crop_size.")
         crop_size = (round(size[0] / config.source_crop[0]), round(size[1] / config.source_crop[1]))

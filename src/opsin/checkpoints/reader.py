@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
-from opsin.checkpoints import files, hf, native, npz, timm
+from opsin.checkpoints import files, haiku, hf, native, npz, timm
 from opsin.errors import CheckpointError, UnknownModel
 from opsin.labels import Labels
+from opsin.models.perceiver_io import PerceiverConfig
 from opsin.preprocess import PreprocessConfig
 
 EMBEDDED = {"opsin/vit-tiny": "assets/vit-tiny"}  # name → folder inside the package
@@ -25,7 +26,7 @@ class Source:
         name: as it was asked for.
         revision: commit on the hub.
         path: the folder or file that was read.
-        format: opsin, transformers, timm or npz.
+        format: opsin, transformers, timm, npz or haiku.
         files: the weights.
         sha256: of them, where it is known already.
     """
@@ -60,38 +61,43 @@ def _sha256(path: Path) -> str:
 @dataclass(frozen=True)
 class Checkpoint:
     model: nn.Module  # fp32, on the CPU, in eval mode
-    preprocess: PreprocessConfig
+    preprocess: PreprocessConfig | None  # None: it takes no images, or no single ones
     labels: Labels | None  # None: no head
     source: Source
 
 
-def read(name: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+def read(
+    name: str | os.PathLike[str], *, revision: str | None = None, config: PerceiverConfig | None = None
+) -> Checkpoint:
     """Read a model by name. In this order: an embedded model, a folder or file here, a model of the hub.
 
     Args:
-        name: `opsin/vit-tiny` | path of a folder or of a .safetensors, .npz, .pth, .pt or .bin file | hub id such as
-            `google/vit-large-patch16-224`.
+        name: `opsin/vit-tiny` | path of a folder or of a .safetensors, .npz, .pth, .pt, .bin, .pystate or .pickle file
+            | hub id such as `google/vit-large-patch16-224`.
         revision: branch, tag or commit on the hub.
+        config: the shape of the model in a .pystate or .pickle file, where it is not one that DeepMind published.
     Raises:
         UnknownModel: none of these.
         HubError: the hub could not be reached, or refused.
         CheckpointError: the files do not fit the model they claim to be.
     """
     try:
-        return _find(os.fspath(name), revision)
+        return _find(os.fspath(name), revision, config)
     except OSError as error:  # a folder that may not be entered, a name that is too long
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}.") from error
 
 
-def _find(name: str, revision: str | None) -> Checkpoint:
+def _find(name: str, revision: str | None, config: PerceiverConfig | None) -> Checkpoint:
     path = Path(os.path.expanduser(name))  # noqa: PTH111, Path.expanduser raises for an unknown user
+    if config is not None and path.suffix.lower() not in files.HAIKU_SUFFIXES:
+        raise CheckpointError(f"{name} says itself what its model is; a config is for .pystate and .pickle files.")
     if name in EMBEDDED:
         folder = Path(str(package_files("opsin"))) / EMBEDDED[name]
         if not folder.is_dir():
             raise UnknownModel(f"{name} is not in this installation of opsin ({folder} is missing). Reinstall it.")
         return _read(folder, name, None)
     if name and path.exists():
-        return _read(path, name, None)
+        return _read(path, name, None, config)
     if not HUB_ID.fullmatch(name) or path.suffix in files.SUFFIXES or name.startswith("opsin/"):
         raise UnknownModel(_unknown(name))
     from opsin.checkpoints import hub  # brings huggingface_hub
@@ -111,7 +117,7 @@ def _unknown(name: str) -> str:
     )
 
 
-def _read(path: Path, name: str, revision: str | None) -> Checkpoint:
+def _read(path: Path, name: str, revision: str | None, shape: PerceiverConfig | None = None) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     described = (folder / "config.json").is_file() and (path.is_dir() or path.name in files.FOLDER_FILES)
     if described:  # a lone model.safetensors is of use only with the config beside it
@@ -133,6 +139,9 @@ def _read(path: Path, name: str, revision: str | None) -> Checkpoint:
     elif path.suffix.lower() == ".npz":
         model, preprocess, labels = npz.read(path)
         format = npz.FORMAT
+    elif path.suffix.lower() in files.HAIKU_SUFFIXES:
+        model, preprocess, labels = haiku.read(path, shape)
+        format = haiku.FORMAT
     else:
         model, preprocess, labels = timm.read_file(path)
         format = timm.FORMAT

@@ -152,7 +152,7 @@ def convert(foreign: Mapping[str, Tensor], rules: Sequence[Rule], config: Any) -
         found = ", ".join(f"{name} {tuple(foreign[name].shape)}" for name in sources)
         try:
             tensor = _join([transform.to_native(foreign[name], config) for name in sources])
-            parts = dict(zip(targets, tensor.chunk(len(targets)), strict=True))
+            parts = dict(zip(targets, _part(tensor, len(targets)), strict=True))
         except (RuntimeError, ValueError, IndexError):  # too few axes, or sizes that do not divide
             reshaped |= dict.fromkeys(targets, f"{found} cannot be laid out as {expected[targets[0]]}")
             continue
@@ -170,6 +170,10 @@ def _join(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # a single one stays where it is: mapped from disk
 
 
+def _part(tensor: Tensor, count: int) -> Sequence[Tensor]:
+    return [tensor] if count == 1 else tensor.chunk(count)  # a counter has no axis to chunk
+
+
 def invert(native: Mapping[str, Tensor], rules: Sequence[Rule], config: Any) -> State:
     """Native names and layouts → foreign ones: `convert` backwards.
 
@@ -182,7 +186,8 @@ def invert(native: Mapping[str, Tensor], rules: Sequence[Rule], config: Any) -> 
         if not sources or sources[0] not in native or sources[0] in written:
             continue
         written.update(sources)
-        for target, part in zip(targets, _join([native[name] for name in sources]).chunk(len(targets)), strict=True):
+        joined = _join([native[name] for name in sources])
+        for target, part in zip(targets, _part(joined, len(targets)), strict=True):
             foreign[target] = transform.to_foreign(part, config).contiguous()
     nameless = [name for name in native if name not in written]
     if nameless:

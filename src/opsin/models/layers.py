@@ -80,10 +80,13 @@ class Attention(nn.Module):
             x = x * query_mask[:, :, None]
         return self.out(x)
 
-    def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
+    def weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The softmax weights that `forward` uses without ever storing them: (B, heads, M, N), rows sum to one."""
         q, k = self._split(self.q(queries)), self._split(self.k(tokens))
-        return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
+        return torch.softmax(logits, dim=-1)
 
 
 class MLP(nn.Module):

@@ -47,7 +47,8 @@ class Encoder(nn.Module):
         num_blocks, layers_per_block: the block's layers are distinct, the blocks share them.
         qk_dim, v_dim: widths of queries and keys, and of values, in every layer. Without them the cross-attention
             takes those of the tokens, the self-attention those of the latents.
-        mlp_ratio: hidden width of the MLPs, in widths of their input.
+        mlp_ratio, cross_mlp_ratio: hidden width of the MLPs, in widths of their input; that of the cross-attention's is
+            as the others' without the second.
         gradient_checkpointing: while training, keep the inputs of the layers only and compute the rest again.
     Source: deepmind-research `perceiver/perceiver.py` `PerceiverEncoder`.
     """
@@ -65,6 +66,7 @@ class Encoder(nn.Module):
         qk_dim: int | None = None,
         v_dim: int | None = None,
         mlp_ratio: int = 1,
+        cross_mlp_ratio: int | None = None,
         activation: Activation = "gelu_tanh",
         query_residual: bool = True,
         gradient_checkpointing: bool = False,
@@ -77,7 +79,7 @@ class Encoder(nn.Module):
             latent_dim,
             input_dim,
             num_cross_heads,
-            mlp_ratio * latent_dim,
+            (cross_mlp_ratio or mlp_ratio) * latent_dim,
             norm_eps=NORM_EPS,
             activation=activation,
             qk_dim=qk_dim,

@@ -46,9 +46,10 @@ class PerceiverConfig:
     layers_per_block: int = 6
     num_heads: int = 8
     num_cross_heads: int = 1
-    qk_dim: int | None = None
+    qk_dim: int | None = None  # of the encoder; so is v_dim
     v_dim: int | None = None
     mlp_ratio: int = 1
+    cross_mlp_ratio: int | None = None  # of the encoder's cross-attention; mlp_ratio without it
     query_residual: bool = True
     numerics: Numerics = "deepmind"
 
@@ -77,6 +78,7 @@ class PerceiverConfig:
             qk_dim=self.qk_dim,
             v_dim=self.v_dim,
             mlp_ratio=self.mlp_ratio,
+            cross_mlp_ratio=self.cross_mlp_ratio,
             activation=self.activation,
             query_residual=self.query_residual,
         )
@@ -149,8 +151,6 @@ class ImagePerceiver(nn.Module):
             c.num_classes or None,
             query_dim=c.latent_dim,
             latent_dim=c.latent_dim,
-            qk_dim=c.qk_dim,
-            v_dim=c.v_dim,
             query_residual=c.decoder_residual,
             activation=c.activation,
         )
@@ -207,11 +207,8 @@ class TextPerceiverConfig(PerceiverConfig):
     vocab_size: int = 262
     max_length: int = 2048  # bytes and special tokens
     embed_dim: int = 768
-
-    # the original masks the decoder's queries too, which changes padded places only
-    @property
-    def mask_queries(self) -> bool:
-        return self.numerics == "deepmind"
+    decoder_heads: int | None = None  # num_cross_heads without it
+    decoder_qk_dim: int | None = None  # qk_dim without it
 
 
 class TextPerceiver(nn.Module):
@@ -227,8 +224,8 @@ class TextPerceiver(nn.Module):
             query_dim=c.embed_dim,
             latent_dim=c.latent_dim,
             out_dim=None,
-            num_heads=c.num_cross_heads,
-            qk_dim=c.qk_dim,
+            num_heads=c.decoder_heads or c.num_cross_heads,
+            qk_dim=c.decoder_qk_dim or c.qk_dim,
             v_dim=c.embed_dim,
             activation=c.activation,
         )
@@ -240,18 +237,31 @@ class TextPerceiver(nn.Module):
             ids: (B, N) int64, N up to `max_length`.
             mask: (B, N), nonzero where a token is real.
         Returns:
-            (B, N, V); the embedding matrix is also the last layer.
+            (B, N, V).
         Raises:
             ValueError: N is more than `max_length`.
         """
-        c = self.config
-        if ids.shape[1] > c.max_length:
-            raise ValueError(f"{ids.shape[1]} tokens; this model takes up to {c.max_length}.")
         mask = None if mask is None else mask.bool()
-        latents = self.encoder(self.front_end(ids), mask)
+        return self.decode(self.queries(ids), self.encoder(self.embed(ids), mask), mask)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, N) → tokens (B, N, C)."""
+        if ids.shape[1] > self.config.max_length:
+            raise ValueError(f"{ids.shape[1]} tokens; this model takes up to {self.config.max_length}.")
+        return self.front_end(ids)
+
+    def queries(self, ids: Tensor) -> Tensor:
+        """(B, N) → one query for each place, (B, N, F)."""
         assert self.decoder.positions is not None
-        queries = self.decoder.positions()[: ids.shape[1]].expand(ids.shape[0], -1, -1)
-        x = self.decoder(queries, latents, mask if c.mask_queries else None)
+        return self.decoder.positions()[: ids.shape[1]].expand(ids.shape[0], -1, -1)
+
+    def decode(self, queries: Tensor, latents: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, N, F), (B, M, D) → logits (B, N, V); the embedding matrix is also the last layer.
+
+        Args:
+            mask: (B, N) bool. The original masks the queries too, which changes padded places only.
+        """
+        x = self.decoder(queries, latents, mask if self.config.numerics == "deepmind" else None)
         return F.linear(x, self.front_end.embed.weight, self.bias)
 
 
@@ -289,8 +299,6 @@ class FlowPerceiver(nn.Module):
             query_dim=self.front_end.dim,
             latent_dim=c.latent_dim,
             out_dim=2,
-            qk_dim=c.qk_dim,
-            v_dim=c.v_dim,
             activation=c.activation,
         )
 
@@ -301,8 +309,11 @@ class FlowPerceiver(nn.Module):
     def from_patches(self, patches: Tensor) -> Tensor:
         """(B, 2, 27, H, W), as `flow_patches` makes them → (B, H, W, 2)."""
         tokens = self.front_end(patches)
-        flow = self.decoder(self.decoder.queries(tokens), self.encoder(tokens)) / self.RESCALE
-        return flow.unflatten(1, patches.shape[-2:])
+        return self.decode(tokens, self.encoder(tokens)).unflatten(1, patches.shape[-2:])
+
+    def decode(self, tokens: Tensor, latents: Tensor) -> Tensor:
+        """(B, H·W, C), which are the queries, (B, M, D) → (B, H·W, 2)."""
+        return self.decoder(tokens, latents) / self.RESCALE
 
 
 # ── video, audio and label ───────────────────────────────────────────────────────────────────────────────────────────
@@ -320,6 +331,7 @@ class MultimodalPerceiverConfig(PerceiverConfig):
     image_size: tuple[int, int] = (224, 224)
     patch_size: int = 4
     image_bands: int = 32
+    max_resolution: tuple[int, int] | None = None  # of the image's positions, in patches; its own grid without it
     samples_per_frame: int = 1920  # 48 kHz at 25 frames a second
     samples_per_patch: int = 16
     audio_bands: int = 192
@@ -344,6 +356,11 @@ class MultimodalPerceiverConfig(PerceiverConfig):
         height, width = self.image_size
         return self.num_frames, height // self.patch_size, width // self.patch_size
 
+    @property
+    def resolution(self) -> tuple[int, int, int]:
+        """(T, H, W) whose halves are the highest frequencies of the image's positions."""
+        return self.num_frames, *(self.max_resolution or self.patch_grid[1:])
+
 
 class MultimodalPerceiver(nn.Module):
     """Video, audio and label through one set of latents, and back."""
@@ -355,7 +372,7 @@ class MultimodalPerceiver(nn.Module):
             {
                 "audio": AudioPatches(c.num_samples, samples_per_patch=c.samples_per_patch, num_bands=c.audio_bands),
                 "image": Patches(
-                    c.patch_grid, patch_size=c.patch_size, num_bands=c.image_bands, max_resolution=c.patch_grid
+                    c.patch_grid, patch_size=c.patch_size, num_bands=c.image_bands, max_resolution=c.resolution
                 ),
                 "label": OneHot(c.num_classes),
             },
@@ -367,13 +384,11 @@ class MultimodalPerceiver(nn.Module):
         self.decoder = MultimodalDecoder(
             {
                 "audio": FourierPositions((num_patches,), c.audio_bands, (c.num_samples,)),
-                "image": FourierPositions((c.num_frames, *c.image_size), c.image_bands, c.patch_grid, tabulate=False),
+                "image": FourierPositions((c.num_frames, *c.image_size), c.image_bands, c.resolution, tabulate=False),
                 "label": TrainablePositions((1,), c.label_dim),
             },
             latent_dim=c.latent_dim,
             out_dim=c.output_dim,
-            qk_dim=c.qk_dim,
-            v_dim=c.v_dim,
             activation=c.activation,
         )
         self.outputs = nn.ModuleDict(
@@ -386,8 +401,12 @@ class MultimodalPerceiver(nn.Module):
 
     def encode(self, video: Tensor, audio: Tensor) -> Tensor:
         """Latents (B, M, D) of (B, T, 3, H, W) in [0, 1] and samples (B, S) in [-1, 1]. The label stays hidden."""
+        return self.encoder(self.embed(video, audio))
+
+    def embed(self, video: Tensor, audio: Tensor) -> Tensor:
+        """Tokens (B, N, C): audio, video, the hidden label."""
         label = video.new_zeros(video.shape[0], self.config.num_classes)
-        return self.encoder(self.front_end({"audio": audio, "image": video, "label": label}))
+        return self.front_end({"audio": audio, "image": video, "label": label})
 
     def decode(self, latents: Tensor, *, image_points: Tensor, audio_points: Tensor) -> dict[str, Tensor]:
         """Some of the outputs, at flat indices: pixels of (T, H, W), and audio patches.

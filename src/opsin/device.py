@@ -1,0 +1,43 @@
+"""Where a model runs, and with which arithmetic."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def find_device(name: str) -> torch.device:
+    """The torch device of a name; "auto" is a CUDA device where torch sees one, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch built without CUDA
+        raise ValueError(f'device "{name}" cannot be used: {str(error).splitlines()[0]}') from error
+    if device.type == "meta":
+        raise ValueError('device "meta" holds no numbers. Use "cpu" or "cuda".')
+    return device
+
+
+_flags_lock = threading.Lock()
+
+
+@contextmanager
+def exact_fp32(device: torch.device) -> Iterator[None]:
+    """Without TF32, which rounds fp32 products to 10 bits; its switches are the whole process's, so one at a time."""
+    if device.type != "cuda":
+        yield
+        return
+    with _flags_lock:
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
