@@ -64,7 +64,7 @@ def image_options(command: Callable[..., None]) -> Callable[..., None]:
         [
             click.argument("paths", nargs=-1, required=True),
             click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME",
-                         help="Hub id, folder, .safetensors/.npz/.pth file, or a name of `opsin models`."),
+                         help="Hub id, folder, .safetensors/.npz/.pth/.pystate file, or a name of `opsin models`."),
             click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub."),
             click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
                          help="Write a .jsonl, .csv or .parquet file instead of standard output."),

@@ -46,7 +46,7 @@ def load(
     """Load a model with all that belongs to it: a `Classifier`, or by its task a `TextModel`, `FlowModel`, `VideoModel`.
 
     Args:
-        name: hub id (`google/vit-large-patch16-224`), local folder, .safetensors / .npz / .pth file, or a name of
+        name: hub id (`google/vit-large-patch16-224`), local folder, .safetensors / .npz / .pth / .pystate file, or a name
             `opsin models`; without it, the embedded model.
         revision: branch, tag or commit on the hub.
         dtype: "fp32" is the exact reference; "auto" is fp32 too, on a CPU with the layers laid out for it (equal but

@@ -561,6 +561,12 @@ def test_files_that_do_not_fit(path: Path) -> None:
         tiny(**{"perceiver_encoder/~/cross_attention/mlp/linear": mlp}),
         "looks like the fourier network, and is not: tuple index out of range",
     )
+    for side in (2**40, 2**60):  # an empty tensor may have any shape, and costs no bytes
+        endless = {
+            **tiny()["perceiver_encoder/~/cross_attention/attention/linear_2"],
+            "w": np.ones((2 + side, 0), "f4"),
+        }
+        refused(tiny(**{"perceiver_encoder/~/cross_attention/attention/linear_2": endless}), "does not fit|no width of")
     narrow = {**tiny()["perceiver_encoder/~/cross_attention/attention/linear_2"], "w": np.ones((12, 13), "f4")}
     refused(
         tiny(**{"perceiver_encoder/~/cross_attention/attention/linear_2": narrow}),

@@ -189,8 +189,8 @@ def read(path: Path, config: PerceiverConfig | None = None) -> tuple[nn.Module, 
         model = load(state, rules(config), config, str(path))
     except (ValueError, RuntimeError) as error:  # heads that do not divide a width; sizes beyond all measure
         raise CheckpointError(
-            f"{path} does not fit its config, which in part is the published one unless one is given: {error} Give that "
-            "of this network: opsin.checkpoints.read(path, config=…)"
+            f"{path} does not fit its config, in part the published one where none is given: {error} "
+            "Give that of this network: opsin.checkpoints.read(path, config=…)"
         ) from error
     if isinstance(config, ImagePerceiverConfig):
         return model, PreprocessConfig.deepmind_perceiver(config.image_size), default_labels(config.num_classes)
