@@ -44,7 +44,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 def test_packed_model_gives_the_same(model: Any) -> None:
     pixels = torch.randn(3, 3, 32, 48)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    twin = engine.pack(model)
+    twin: Any = engine.pack(model)
     with torch.inference_mode():
         expected, given = model(pixels), twin(pixels)
         torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

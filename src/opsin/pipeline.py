@@ -1,9 +1,9 @@
 """image → labels: `load()` gives the object a user holds.
 
-    Classifier    images → labels, features      here
-    TextModel     text with gaps → text          text.py
-    FlowModel     two images → motion            flow.py
-    VideoModel    a clip → a clip, labels        video.py
+Classifier    images → labels, features      here
+TextModel     text with gaps → text          text.py
+FlowModel     two images → motion            flow.py
+VideoModel    a clip → a clip, labels        video.py
 """
 
 import copy
@@ -43,11 +43,11 @@ def load(
     lang: str = "en",
     max_pixels: int = MAX_PIXELS,
 ) -> Any:
-    """Load a model with all that belongs to it: a `Classifier`, or by its task a `TextModel`, `FlowModel`, `VideoModel`.
+    """Load a model with all that belongs to it: a `Classifier`; by its task a `TextModel`, `FlowModel`, `VideoModel`.
 
     Args:
-        name: hub id (`google/vit-large-patch16-224`), local folder, .safetensors / .npz / .pth / .pystate file, or a name
-            `opsin models`; without it, the embedded model.
+        name: hub id (`google/vit-large-patch16-224`), local folder, .safetensors / .npz / .pth / .pystate file, or a
+            name of `opsin models`; without it, the embedded model.
         revision: branch, tag or commit on the hub.
         dtype: "fp32" is the exact reference; "auto" is fp32 too, on a CPU with the layers laid out for it (equal but
             for rounding, 1.2 times as fast, the dense weights in memory twice); "bf16" is faster again, for images,
@@ -96,8 +96,8 @@ class _Loaded:
 class Classifier:
     """A model with its preprocessing and labels.
 
-    `model` is the plain fp32 `torch.nn.Module` (what runs may be a faster twin of it, see `dtype`), `preprocess` and `labels` are plain frozen objects, `source` says
-    where the weights came from. A checkpoint without a head embeds and cannot classify (`NoHead`).
+    `model` is the plain fp32 `torch.nn.Module` (what runs may be a faster twin: `dtype` of `load`), `preprocess` and
+    `labels` are plain frozen objects, `source` says where the weights came from. A checkpoint without a head embeds and cannot classify (`NoHead`).
     """
 
     def __init__(
