@@ -331,7 +331,7 @@ def catalog_rows() -> Iterator[dict[str, Any]]:
             "params": entry.params,
             "licence": entry.licence,
             "top-1 %": entry.score,
-            "cached": name == DEFAULT_MODEL or is_cached(name),
+            "cached": name.startswith("opsin/") or is_cached(name),
             "source": entry.url,
         }
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from opsin import checkpoints, engine
 from opsin.checkpoints import Checkpoint
 from opsin.device import exact_fp32, find_device
-from opsin.errors import CheckpointError, ImageError, ImageTooLarge, NoHead
+from opsin.errors import CheckpointError, ImageError, ImageTooLarge, ModelError, NoHead
 from opsin.labels import Labels
 from opsin.labels import top_k as top_k_labels
 from opsin.models.perceiver_io import FlowPerceiver, MultimodalPerceiver, TextPerceiver
@@ -56,7 +56,7 @@ def load(
         lang: language of the label names, "en" or "zh"; a name without translation stays English.
         max_pixels: larger images are refused before they are decoded.
     Raises:
-        UnknownModel, HubError, CheckpointError: all are `opsin.errors.ModelError`.
+        UnknownModel, HubError, CheckpointError: all are `opsin.errors.ModelError`; so is bf16 asked of text or video.
         ValueError: an unknown dtype or language, or a device that is not there.
     """
     if dtype not in ("auto", "fp32", "bf16"):
@@ -66,7 +66,7 @@ def load(
     device = str(find_device(device))  # before a model is downloaded for it
     checkpoint = checkpoints.read(name, revision=revision)
     if dtype == "bf16" and isinstance(checkpoint.model, TextPerceiver | FlowPerceiver | MultimodalPerceiver):
-        raise ValueError(f'dtype "bf16" is for models of images; {checkpoint.source.name} runs in "fp32".')
+        raise ModelError(f'dtype "bf16" is for models of images; {checkpoint.source.name} runs in "fp32".')
     if isinstance(checkpoint.model, TextPerceiver):
         from opsin.text import TextModel
 

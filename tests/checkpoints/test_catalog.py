@@ -8,12 +8,14 @@ from typing import get_args
 import pytest
 import torch
 
+from opsin import checkpoints
 from opsin.checkpoints import catalog
 from opsin.checkpoints.catalog import CATALOG, Entry, Task, nearest, shape
 from opsin.checkpoints.rules import MODELS
 from opsin.models.perceiver_io import ImagePerceiverConfig
+from opsin.checkpoints.reader import EMBEDDED
 from opsin.models.vit import ViTConfig
-from opsin.recipes.vit_tiny import recipe
+from opsin.recipes import perceiver_tiny, vit_tiny
 
 # Parameters with 1,000 classes, without pre_logits: (width, patch, image size) → count. Source: vision_transformer
 # `models_test.py`, and instantiation of its variants.
@@ -121,8 +123,18 @@ def test_counts_of_the_reference_models() -> None:
     assert CATALOG["facebook/dinov2-with-registers-small"].params == count(registers) - mask_token
 
 
-def test_the_embedded_model_has_the_shape_of_its_recipe() -> None:
-    assert shape("opsin/vit-tiny") == recipe().model
+def test_the_embedded_models_have_the_shape_of_their_recipes() -> None:
+    assert shape("opsin/vit-tiny") == vit_tiny.recipe().model
+    assert shape("opsin/perceiver-tiny") == perceiver_tiny.recipe().model
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_embedded_models_are_their_entries(name: str) -> None:
+    read = checkpoints.read(name)
+    assert read.model.config == shape(name)
+    assert count(read.model) == CATALOG[name].params
+    assert read.labels is not None and len(read.labels) == 200
+    assert sum(path.stat().st_size for path in read.source.files) <= 12e6
 
 
 def test_entries_are_whole() -> None:
@@ -130,15 +142,15 @@ def test_entries_are_whole() -> None:
         assert entry.name == name
         assert entry.licence and entry.url
         assert (entry.score is None) == (entry.score_source is None)
-        assert entry.score is None or 50 < entry.score < 95 or name == "opsin/vit-tiny"
-        assert name == "opsin/vit-tiny" or entry.url == f"https://huggingface.co/{name}"
+        assert entry.score is None or 50 < entry.score < 95 or name in EMBEDDED
+        assert name in EMBEDDED or entry.url == f"https://huggingface.co/{name}"
     assert next(iter(CATALOG)) == "opsin/vit-tiny"
 
 
 def test_no_family_is_left_out() -> None:
-    assert len(CATALOG) == 129
+    assert len(CATALOG) == 130
     owners = Counter(name.partition("/")[0] for name in CATALOG)
-    assert owners == {"google": 11, "facebook": 28, "timm": 81, "deepmind": 6, "WinKawaks": 2, "opsin": 1}
+    assert owners == {"google": 11, "facebook": 28, "timm": 81, "deepmind": 6, "WinKawaks": 2, "opsin": 2}
     assert {entry.task for entry in CATALOG.values()} == set(get_args(Task))
 
 
@@ -148,7 +160,7 @@ def test_published_scores() -> None:
     assert large.score_source == "vision_transformer README: resized to 224 × 224"
     assert CATALOG["google/vit-base-patch16-224"].score == 81.31
     assert CATALOG["timm/vit_large_patch16_384.augreg_in21k_ft_in1k"].score == 87.096
-    perceivers = {name: e.score for name, e in CATALOG.items() if e.architecture == "perceiver" and e.params > 4e7}
+    perceivers = {name: e.score for name, e in CATALOG.items() if e.architecture == "perceiver" and name not in EMBEDDED}
     assert perceivers == {
         "deepmind/vision-perceiver-conv": 82.1,
         "deepmind/vision-perceiver-fourier": 79.0,
@@ -165,6 +177,7 @@ def test_published_scores() -> None:
         ("timm/vit_large_patch16_384", "timm/vit_large_patch16_384.augreg_in21k_ft_in1k"),
         ("facebook/dino-v2-base", "facebook/dinov2-base"),
         ("vit-tiny", "opsin/vit-tiny"),
+        ("perceiver-tiny", "opsin/perceiver-tiny"),
         ("deepmind/vision-perceiver", "deepmind/vision-perceiver-conv"),
     ],
 )

@@ -300,7 +300,7 @@ def _entries() -> Iterator[Entry]:
         licence="Apache-2.0",
         task="classify",
         score=41.1,
-        score_source="5,000 held-out Tiny-ImageNet training images, 200 classes: benchmarks/vit_tiny.py",
+        score_source="5,000 held-out Tiny-ImageNet training images, 200 classes: benchmarks/embedded.py",
         url="in the package",
         config={
             "image_size": (64, 64),
@@ -312,6 +312,32 @@ def _entries() -> Iterator[Entry]:
             "num_classes": 200,
             "class_token": False,
             "pool": "mean",
+        },
+    )
+    yield Entry(
+        name="opsin/perceiver-tiny",
+        architecture="perceiver",
+        params=5_929_740,
+        image_size=64,
+        licence="Apache-2.0",
+        task="classify",
+        score=36.1,
+        score_source="5,000 held-out Tiny-ImageNet training images, 200 classes: benchmarks/embedded.py",
+        url="in the package",
+        config={
+            "image_size": (64, 64),
+            "max_resolution": (16, 16),
+            "num_bands": 16,
+            "num_latents": 32,
+            "latent_dim": 256,
+            "num_blocks": 1,
+            "layers_per_block": 6,
+            "num_heads": 4,
+            "num_cross_heads": 4,
+            "qk_dim": 256,
+            "v_dim": 256,
+            "mlp_ratio": 4,
+            "num_classes": 200,
         },
     )
     yield _entry(("google/vit-base-patch16-224", "base", 16, 224, 86_567_656, 81.31), "vit", SQUASH, **HF)

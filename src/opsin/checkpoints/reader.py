@@ -15,7 +15,10 @@ from opsin.labels import Labels
 from opsin.models.perceiver_io import PerceiverConfig
 from opsin.preprocess import PreprocessConfig
 
-EMBEDDED = {"opsin/vit-tiny": "assets/vit-tiny"}  # name → folder inside the package
+EMBEDDED = {  # name → folder inside the package
+    "opsin/vit-tiny": "assets/vit-tiny",
+    "opsin/perceiver-tiny": "assets/perceiver-tiny",
+}
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -72,7 +75,7 @@ def read(
     """Read a model by name. In this order: an embedded model, a folder or file here, a model of the hub.
 
     Args:
-        name: `opsin/vit-tiny` | path of a folder or of a .safetensors, .npz, .pth, .pt, .bin, .pystate or .pickle file
+        name: an embedded model (`EMBEDDED`) | path of a folder or of a .safetensors, .npz, .pth, .pt, .bin, .pystate or .pickle file
             | hub id such as `google/vit-large-patch16-224`.
         revision: branch, tag or commit on the hub.
         config: the shape of the model in a .pystate or .pickle file, where it is not one that DeepMind published.

@@ -35,7 +35,7 @@ def recipe() -> TrainConfig:
         ),
         phases=(
             Phase(steps=1700, image_size=48, keep_tokens=96),
-            Phase(steps=900, image_size=64, keep_tokens=160),
+            Phase(steps=600, image_size=64, keep_tokens=160),
             Phase(steps=200, image_size=64, keep_tokens=256),
         ),
     )
