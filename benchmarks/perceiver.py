@@ -1,7 +1,7 @@
 """The published Perceivers against transformers, same random weights, same batch, in turn in one process: time; and
 each in a process of its own: peak memory.
 
-python benchmarks/perceiver.py            # wants transformers; ten minutes
+python benchmarks/perceiver.py            # wants transformers; five minutes
 """
 
 import importlib
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ROUNDS = 7
+ROUNDS = 5
 KEPT: list[Any] = []  # operators are there as long as their library is
 SHARED: dict[str, Any] = {
     "num_latents": 512, "d_latents": 1024, "num_blocks": 8, "num_self_attends_per_block": 6,

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,13 +20,16 @@ RATE = 22050  # espeak-ng's
 
 
 @pytest.fixture
-def digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("audio_digits", ROOT / "examples" / "audio_digits.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "audio_digits", module)  # where `inspect` looks for the source of a class
     spec.loader.exec_module(module)
-    return module
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # steps so small wait for each other: ten times slower with two on a busy machine
+    yield module
+    torch.set_num_threads(threads)
 
 
 def tones(count: int, num_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
