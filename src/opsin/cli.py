@@ -452,13 +452,12 @@ def load_model(command: str, *, model: str, max_pixels: int | None = None, **opt
     from opsin.device import find_device
     from opsin.errors import ModelError
     from opsin.pipeline import load
-    from opsin.preprocess import MAX_PIXELS
 
     try:
         find_device(options["device"])
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--device") from None
-    loaded = load(model, max_pixels=max_pixels or MAX_PIXELS, **options)
+    loaded = load(model, max_pixels=max_pixels, **options)
     task, commands = TASKS[type(loaded).__name__]
     if command not in commands:
         raise ModelError(f"{model} {task}; {' and '.join(f'`opsin {name}`' for name in commands)} can use it.")

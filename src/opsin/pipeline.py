@@ -41,7 +41,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     lang: str = "en",
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
 ) -> Any:
     """Load a model with all that belongs to it: a `Classifier`; by its task a `TextModel`, `FlowModel`, `VideoModel`.
 
@@ -54,7 +54,8 @@ def load(
             where a difference in the third digit of a score does not matter.
         device: "cpu", "cuda", "cuda:1", …; "auto" takes a CUDA device where torch sees one.
         lang: language of the label names, "en" or "zh"; a name without translation stays English.
-        max_pixels: larger images are refused before they are decoded.
+        max_pixels: larger images, or frames of a video, are refused before they are decoded; without it 179 million,
+            of a video 35 million (8K).
     Raises:
         UnknownModel, HubError, CheckpointError: all are `opsin.errors.ModelError`; so is bf16 asked of text or video.
         ValueError: an unknown dtype or language, or a device that is not there.
@@ -64,6 +65,7 @@ def load(
     if lang not in ("en", "zh"):
         raise ValueError(f'lang is "{lang}". Known: "en", "zh".')
     device = str(find_device(device))  # before a model is downloaded for it
+    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
     checkpoint = checkpoints.read(name, revision=revision)
     if dtype == "bf16" and isinstance(checkpoint.model, TextPerceiver | FlowPerceiver | MultimodalPerceiver):
         raise ModelError(f'dtype "bf16" is for models of images; {checkpoint.source.name} runs in "fp32".')
@@ -74,12 +76,12 @@ def load(
     if isinstance(checkpoint.model, FlowPerceiver):
         from opsin.flow import FlowModel
 
-        return FlowModel(checkpoint, device=device, max_pixels=max_pixels)
+        return FlowModel(checkpoint, device=device, **limit)
     if isinstance(checkpoint.model, MultimodalPerceiver):
         from opsin.video import VideoModel
 
-        return VideoModel(checkpoint, device=device, max_pixels=max_pixels)
-    return Classifier(checkpoint, device=device, dtype=dtype, lang=lang, max_pixels=max_pixels)
+        return VideoModel(checkpoint, device=device, **limit)
+    return Classifier(checkpoint, device=device, dtype=dtype, lang=lang, **limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ class Classifier:
     """A model with its preprocessing and labels.
 
     `model` is the plain fp32 `torch.nn.Module` (what runs may be a faster twin: `dtype` of `load`), `preprocess` and
-    `labels` are plain frozen objects, `source` says where the weights came from. A checkpoint without a head embeds and cannot classify (`NoHead`).
+    `labels` are plain frozen objects, `source` says where the weights came from. A checkpoint without a head embeds and
+    cannot classify (`NoHead`).
     """
 
     def __init__(

@@ -11,9 +11,9 @@ import torch
 from opsin import checkpoints
 from opsin.checkpoints import catalog
 from opsin.checkpoints.catalog import CATALOG, Entry, Task, nearest, shape
+from opsin.checkpoints.reader import EMBEDDED
 from opsin.checkpoints.rules import MODELS
 from opsin.models.perceiver_io import ImagePerceiverConfig
-from opsin.checkpoints.reader import EMBEDDED
 from opsin.models.vit import ViTConfig
 from opsin.recipes import perceiver_tiny, vit_tiny
 
@@ -160,7 +160,9 @@ def test_published_scores() -> None:
     assert large.score_source == "vision_transformer README: resized to 224 × 224"
     assert CATALOG["google/vit-base-patch16-224"].score == 81.31
     assert CATALOG["timm/vit_large_patch16_384.augreg_in21k_ft_in1k"].score == 87.096
-    perceivers = {name: e.score for name, e in CATALOG.items() if e.architecture == "perceiver" and name not in EMBEDDED}
+    perceivers = {
+        name: e.score for name, e in CATALOG.items() if e.architecture == "perceiver" and name not in EMBEDDED
+    }
     assert perceivers == {
         "deepmind/vision-perceiver-conv": 82.1,
         "deepmind/vision-perceiver-fourier": 79.0,

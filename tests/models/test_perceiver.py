@@ -139,8 +139,20 @@ def test_fused_attention_equals_its_definition(qk_dim: int, v_dim: int) -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 5))
 
 
-def test_masked_tokens_are_not_read() -> None:
-    attention = noise(Attention(12, 4, kv_dim=10))
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(8, 8), (8, 20), (20, 8)])
+def test_one_head_reads_many_tokens_without_making_keys(qk_dim: int, v_dim: int) -> None:
+    attention = noise(Attention(12, 1, kv_dim=10, qk_dim=qk_dim, v_dim=v_dim))
+    queries, tokens, mask = torch.randn(3, 5, 12), torch.randn(3, 40, 10), torch.rand(3, 40) < 0.6
+    mask[1] = False
+    short = attention(queries, tokens, mask)
+    attention.train()  # keys and values are made, as their gradients are wanted
+    torch.testing.assert_close(short, attention(queries, tokens, mask), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention.eval()(queries, tokens), attention.train()(queries, tokens))
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_masked_tokens_are_not_read(num_heads: int) -> None:
+    attention = noise(Attention(12, num_heads, kv_dim=10))
     queries, tokens = torch.randn(2, 5, 12), torch.randn(2, 7, 10)
     mask = torch.tensor([[True] * 4 + [False] * 3, [True] * 7])
     masked = attention(queries, tokens, mask)
@@ -148,8 +160,9 @@ def test_masked_tokens_are_not_read() -> None:
     torch.testing.assert_close(masked[1:], attention(queries[1:], tokens[1:]), atol=1e-5, rtol=1e-5)
 
 
-def test_rows_that_may_read_nothing_read_zeros() -> None:
-    attention = noise(Attention(12, 4, kv_dim=10))
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_rows_that_may_read_nothing_read_zeros(num_heads: int) -> None:
+    attention = noise(Attention(12, num_heads, kv_dim=10))
     queries, tokens = torch.randn(2, 5, 12), torch.randn(2, 7, 10)
     mask = torch.stack([torch.zeros(7), torch.ones(7)]).bool()
     bias = attention.out.bias.expand(5, -1)  # all that is left of a context of zeros

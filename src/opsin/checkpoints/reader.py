@@ -75,8 +75,8 @@ def read(
     """Read a model by name. In this order: an embedded model, a folder or file here, a model of the hub.
 
     Args:
-        name: an embedded model (`EMBEDDED`) | path of a folder or of a .safetensors, .npz, .pth, .pt, .bin, .pystate or .pickle file
-            | hub id such as `google/vit-large-patch16-224`.
+        name: an embedded model (`EMBEDDED`) | path of a folder or of a .safetensors, .npz, .pth, .pt, .bin, .pystate
+            or .pickle file | hub id such as `google/vit-large-patch16-224`.
         revision: branch, tag or commit on the hub.
         config: the shape of the model in a .pystate or .pickle file, where it is not one that DeepMind published.
     Raises:

@@ -63,22 +63,36 @@ class Attention(nn.Module):
             mask: (B, N) bool, which tokens may be attended to. Where none may, the context is zero.
             query_mask: (B, M) bool; the context of the others is zero.
         """
-        q, k, v = self._split(self.q(queries)), self._split(self.k(tokens)), self._split(self.v(tokens))
-        scale, v_dim = q.shape[-1] ** -0.5, v.shape[-1]
-        if q.shape[-1] < v_dim:  # fused kernels want one width; zeros add nothing to q·k
-            q, k = (F.pad(x, (0, v_dim - x.shape[-1])) for x in (q, k))
-        elif q.shape[-1] > v_dim:
-            v = F.pad(v, (0, q.shape[-1] - v_dim))
-        if mask is None:
-            x = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        else:
+        if mask is not None:
             some = mask.any(dim=1, keepdim=True)  # B 1
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | ~some)[:, None, None, :], scale=scale)
             query_mask = some if query_mask is None else query_mask & some
-        x = x[..., :v_dim].transpose(1, 2).flatten(2)
+            mask = (mask | ~some)[:, None, None, :]  # B 1 1 N, every row with somewhere to look
+        if self.num_heads == 1 and tokens.shape[1] > queries.shape[1] and not self.training:
+            x = self._read_long(queries, tokens, mask)
+        else:
+            q, k, v = self._split(self.q(queries)), self._split(self.k(tokens)), self._split(self.v(tokens))
+            scale, v_dim = q.shape[-1] ** -0.5, v.shape[-1]
+            if q.shape[-1] < v_dim:  # fused kernels want one width; zeros add nothing to q·k
+                q, k = (F.pad(x, (0, v_dim - x.shape[-1])) for x in (q, k))
+            elif q.shape[-1] > v_dim:
+                v = F.pad(v, (0, q.shape[-1] - v_dim))
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            x = x[..., :v_dim].transpose(1, 2).flatten(2)
         if query_mask is not None:
             x = x * query_mask[:, :, None]
         return self.out(x)
+
+    def _read_long(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """One head, few queries, many tokens: keys and values, as large as the tokens each, are never made.
+
+        q·(W t + b) is (Wᵀ q)·t and a number that is the same for every token, which the softmax does not see; weights
+        that sum to one leave the values' W t + b as W (Σ w t) + b.
+        """
+        q = self.q(queries)
+        x = F.scaled_dot_product_attention(
+            (q @ self.k.weight)[:, None], tokens[:, None], tokens[:, None], attn_mask=mask, scale=q.shape[-1] ** -0.5
+        )
+        return self.v(x[:, 0])
 
     def weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The softmax weights that `forward` uses without ever storing them: (B, heads, M, N), rows sum to one."""
