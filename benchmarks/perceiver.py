@@ -112,7 +112,7 @@ def run_memory(name: str, who: str, folder: Path) -> None:
     if who == "opsin":
         import opsin
 
-        model = opsin.load(folder, dtype="fp32").model
+        model = theirs = opsin.load(folder, dtype="fp32").model
     else:
         theirs = transformers_class(name).from_pretrained(folder).eval()
 
@@ -120,6 +120,8 @@ def run_memory(name: str, who: str, folder: Path) -> None:
             return theirs(inputs=pixels).logits
 
     with torch.inference_mode():
+        for parameter in theirs.parameters():  # mapped from disk, and in memory once they are looked at
+            parameter.sum()
         pixels = torch.randn(1, 3, 224, 224)
         peak = Peak()
         before = resident()
