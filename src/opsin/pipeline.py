@@ -50,7 +50,7 @@ def load(
             name of `opsin models`; without it, the embedded model.
         revision: branch, tag or commit on the hub.
         dtype: "fp32" is the exact reference; "auto" is fp32 too, on a CPU with the layers laid out for it (equal but
-            for rounding, 1.2 times as fast, the dense weights in memory twice); "bf16" is faster again, for images,
+            for rounding, faster, the dense weights in memory twice); "bf16" is faster again, for images,
             where a difference in the third digit of a score does not matter.
         device: "cpu", "cuda", "cuda:1", …; "auto" takes a CUDA device where torch sees one.
         lang: language of the label names, "en" or "zh"; a name without translation stays English.
