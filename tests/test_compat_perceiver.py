@@ -15,7 +15,7 @@ from PIL import Image
 
 from hub_server import HubServer
 from opsin import compat
-from opsin.errors import CheckpointError, NoHead
+from opsin.errors import CheckpointError, NoHead, UnknownModel
 from test_compat import HEADING, README, assert_same, noise, photo
 
 ENCODER: dict[str, Any] = {
@@ -213,12 +213,21 @@ def test_tokenizer_of_one_text() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [({"padding": "wide"}, 'padding is "wide"'), ({"return_tensors": "tf"}, 'return_tensors is "tf"'),
+    [({"max_length": 1, "truncation": True}, r"max_length is 1; \[CLS\] and \[SEP\] alone take 2"),
+     ({"padding": "wide"}, 'padding is "wide"'), ({"return_tensors": "tf"}, 'return_tensors is "tf"'),
      ({"return_tensors": "pt"}, "different lengths cannot be stacked: use padding=True")],
 )  # fmt: skip
 def test_tokenizer_refuses(arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         compat.PerceiverTokenizer()(["a", "bc"], **arguments)
+
+
+def test_tokenizer_of_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModel, match="no such file or folder"):
+        compat.PerceiverTokenizer.from_pretrained(tmp_path / "none" / "here")
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": null}')
+    with pytest.raises(CheckpointError, match="tokenizer_config.json"):
+        compat.PerceiverTokenizer.from_pretrained(tmp_path)
 
 
 def test_tokenizer_file(tmp_path: Path) -> None:

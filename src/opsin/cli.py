@@ -457,7 +457,11 @@ def load_model(command: str, *, model: str, max_pixels: int | None = None, **opt
         find_device(options["device"])
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--device") from None
-    loaded = load(model, max_pixels=max_pixels, **options)
+    try:
+        loaded = load(model, max_pixels=max_pixels, **options)
+    except KeyboardInterrupt:  # a download may take minutes
+        say("interrupted")
+        sys.exit(INTERRUPTED)
     task, commands = TASKS[type(loaded).__name__]
     if command not in commands:
         raise ModelError(f"{model} {task}; {' and '.join(f'`opsin {name}`' for name in commands)} can use it.")

@@ -204,7 +204,7 @@ def check_format(path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: an unknown suffix.
     """
-    if Path(path).suffix not in FORMATS:
+    if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f'"{Path(path).name}" ends in "{Path(path).suffix}". Known: {", ".join(FORMATS)}.')
 
 
@@ -219,9 +219,9 @@ def write_flow(path: str | os.PathLike[str], flow: np.ndarray) -> None:
     if flow.ndim != 3 or flow.shape[2] != 2:
         raise ValueError(f"flow has shape {flow.shape}; it must be (H, W, 2).")
     with replacing(Path(path)) as part, part.open("wb") as file:
-        if Path(path).suffix == ".png":
+        if Path(path).suffix.lower() == ".png":
             Image.fromarray(flow_to_image(flow)).save(file, "PNG")
-        elif Path(path).suffix == ".npy":
+        elif Path(path).suffix.lower() == ".npy":
             np.save(file, flow.astype(np.float32), allow_pickle=False)
         else:
             height, width = flow.shape[:2]
@@ -236,9 +236,9 @@ def read_flow(path: str | os.PathLike[str]) -> np.ndarray:
     """
     path = Path(path)
     try:
-        if path.suffix == ".flo":
+        if path.suffix.lower() == ".flo":
             return _read_flo(path)
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             return _read_npy(path)
     except OSError as error:
         raise FlowFileError(f"{path} cannot be read: {error.strerror or error}.") from error

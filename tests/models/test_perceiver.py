@@ -113,7 +113,10 @@ def test_wrong_pixels_are_named() -> None:
     ("setting", "reason"),
     [({"numerics": "jax"}, 'numerics is "jax". Known: deepmind, transformers'),
      ({"front_end": "resnet"}, 'front_end is "resnet". Known: conv, pixels, conv1x1'),
-     ({"image_size": (4, 224)}, "too small")],
+     ({"image_size": (4, 224)}, "too small"),
+     ({"num_heads": 0}, "num_heads is 0; it must be at least 1"),
+     ({"num_blocks": -1}, "num_blocks is -1; it must be at least 1"),
+     ({"num_blocks": 10**12}, "1,000 is the most that is taken")],
 )  # fmt: skip
 def test_config_is_checked(setting: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

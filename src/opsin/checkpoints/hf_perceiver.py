@@ -255,7 +255,7 @@ def read_config(
             label_dim=int(get("_label_trainable_num_channels", 1024)),
             output_dim=int(get("output_num_channels", 512)),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} does not describe a Perceiver: {error}") from error
 
 

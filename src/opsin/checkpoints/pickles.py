@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr  # cut short from within: a tuple of tuples of the same tuples has no end
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,9 +83,9 @@ class Array:
 
     def fill(self, data: Any, dtype: Any, shape: Any, order: Any) -> None:
         if not isinstance(dtype, Dtype) or not isinstance(data, bytes | bytearray | Text) or order not in ("C", "F"):
-            raise Damaged(f"an array {shape!r:.60} of {_described(data)} and {_described(dtype)}")
+            raise Damaged(f"an array {repr(shape)} of {_described(data)} and {_described(dtype)}")
         if not _is_shape(shape):
-            raise Damaged(f"an array of shape {shape!r:.60}")
+            raise Damaged(f"an array of shape {repr(shape)}")
         self.data, self.dtype, self.shape, self.order = data, dtype.numpy(), shape, order
         length, brought = self.nbytes, len(data.characters if isinstance(data, Text) else data)
         if length != brought:
@@ -105,18 +106,33 @@ class Array:
 
 
 def _is_shape(shape: Any) -> bool:
-    return isinstance(shape, tuple) and all(type(side) is int and side >= 0 for side in shape)
+    return (
+        isinstance(shape, tuple) and len(shape) <= 64 and all(type(side) is int and 0 <= side < 2**48 for side in shape)
+    )
 
 
 # ── the stand-ins ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _mapping(items: Any = ()) -> dict[Any, Any]:
-    if not isinstance(items, dict) and not (
-        isinstance(items, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in items)
-    ):
+def _mapping(items: Any = None) -> dict[Any, Any]:
+    """A mapping of a mapping is that one itself, and a list of pairs is used up: copies would outgrow the file."""
+    if items is None:
+        return {}
+    if isinstance(items, dict):
+        return items
+    if not isinstance(items, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in items):
         raise Damaged(f"a mapping made of a {type(items).__name__}")
-    return dict(items)
+    mapping = _mapping_of([key for key, _ in items], [value for _, value in items])
+    items.clear()
+    return mapping
+
+
+def _mapping_of(keys: list[Any], values: list[Any]) -> dict[Any, Any]:
+    """Of names and numbers only: to hash a tuple of tuples of the same tuples takes for ever."""
+    for key in keys:
+        if not isinstance(key, str | int):
+            raise Damaged(f"a mapping with a {type(key).__name__} for a name")
+    return dict(zip(keys, values, strict=True))
 
 
 def _type(code: Any, align: Any = False, copy: Any = True) -> Dtype:
@@ -127,7 +143,7 @@ def _type(code: Any, align: Any = False, copy: Any = True) -> Dtype:
             return Dtype(code)
     except TypeError:  # a number of bytes that no type has
         pass
-    raise Damaged(f"arrays of type {code!r:.40}; parameters are numbers")
+    raise Damaged(f"arrays of type {repr(code)}; parameters are numbers")
 
 
 def _empty_array(kind: Any, shape: Any, typecode: Any) -> Array:
@@ -141,7 +157,7 @@ def _array_of_buffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = 
     array.fill(data, dtype, shape, "C" if order == "K" else order)
     if order == "K" and axes is not None:
         if not _is_shape(axes) or sorted(axes) != list(range(len(shape))):
-            raise Damaged(f"an array with axes in the order {axes!r:.60}")
+            raise Damaged(f"an array with axes in the order {repr(axes)}")
         array.axes = axes
     return array
 
@@ -163,7 +179,7 @@ def _jax_array(function: Any, arguments: Any, state: Any, aval: Any) -> Array:
 
 def _bytes(text: Any, encoding: Any) -> Text:
     if not isinstance(text, str) or encoding != "latin1":
-        raise Damaged(f"bytes written as {encoding!r:.40}")
+        raise Damaged(f"bytes written as {repr(encoding)}")
     return Text(text)
 
 
@@ -257,13 +273,13 @@ class Machine:
             stack.append(self.since_mark())
         elif name == "DICT":
             items = self.since_mark()
-            stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+            stack.append(_mapping_of(items[::2], items[1::2]))
         elif name in ("APPEND", "APPENDS"):
             items = self.since_mark() if name == "APPENDS" else self.pop(1)
             self.top(list).extend(items)
         elif name in ("SETITEM", "SETITEMS"):
             items = self.since_mark() if name == "SETITEMS" else self.pop(2)
-            self.top(dict).update(zip(items[::2], items[1::2], strict=True))
+            self.top(dict).update(_mapping_of(items[::2], items[1::2]))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             module, attribute = self.pop(2) if name == "STACK_GLOBAL" else argument.split(" ", 1)
             stack.append(self.find(module, attribute))
@@ -364,9 +380,9 @@ def _tensors(tree: Any, length: int) -> dict[str, Tensor]:
                     raise Damaged(f"{_described(leaf)} for {name:.200}, which should be an array")
                 if leaf.dtype.kind not in TORCH_KINDS:
                     raise Damaged(f"{leaf.dtype} for {name:.200}, which should be real numbers")
-                if name in tensors:
-                    raise Damaged(f"{name:.200} twice")
-                room -= leaf.nbytes
+                if name in tensors or len(name) > 500:
+                    raise Damaged(f"{name:.200} twice, or a name of {len(name)} characters")
+                room -= leaf.nbytes + 16  # less than it takes to write the emptiest array
                 if room < 0:
                     raise Damaged("one array under so many names that they would take more room than the file")
                 tensors[name] = torch.from_numpy(leaf.numpy())

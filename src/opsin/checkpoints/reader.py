@@ -134,7 +134,13 @@ def _read(path: Path, name: str, revision: str | None, shape: PerceiverConfig | 
         path = path if path.suffix in files.SUFFIXES else folder
         try:
             model, preprocess, labels = reader.read(folder, config, path)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a list where a name should be, …
+        except (
+            AttributeError,
+            ArithmeticError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # a list where a name should be, …
             raise CheckpointError(f"{folder / 'config.json'} is not as {reader.FORMAT} writes it: {error}") from error
         format = reader.FORMAT
     elif path.is_dir():

@@ -212,11 +212,18 @@ class PerceiverTokenizer:
         """The tokenizer of a model: it needs no file, but for a maximum length that the model's may state.
 
         Raises:
-            UnknownModel, HubError: as `opsin.load`.
+            UnknownModel, HubError, CheckpointError: as `opsin.load`.
         """
-        described = _folder(name, revision) / "tokenizer_config.json"
-        stated = files.read_json(described).get("model_max_length", 2048) if described.is_file() else 2048
-        return cls(model_max_length or min(int(stated), 2048))
+        folder = _folder(name, revision)
+        if not folder.exists():
+            checkpoints.read(name, revision=revision)  # an embedded model, or the error that says what it is not
+        described, stated = folder / "tokenizer_config.json", 2048
+        if described.is_file():
+            try:
+                stated = min(int(files.read_json(described).get("model_max_length", 2048)), 2048)
+            except (AttributeError, OverflowError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{described}: {error}") from error
+        return cls(model_max_length or stated)
 
     def __len__(self) -> int:
         return VOCAB_SIZE
@@ -243,8 +250,10 @@ class PerceiverTokenizer:
             raise ValueError(f'return_tensors is "{return_tensors}". Known: "pt", "np", None.')
         if padding not in (False, True, "longest", "max_length", "do_not_pad"):
             raise ValueError(f'padding is "{padding}". Known: True, "longest", "max_length", False.')
-        limit = max_length or self.model_max_length
+        limit = self.model_max_length if max_length is None else max_length
         around = 2 if add_special_tokens else 0
+        if limit < around:
+            raise ValueError(f"max_length is {limit}; [CLS] and [SEP] alone take {around}.")
         rows = []
         for each in [text] if isinstance(text, str) else text:
             ids = tokenize(each)

@@ -202,14 +202,10 @@ class Bytes(nn.Module):
 class AudioPatches(nn.Module):
     """Samples (B, S) → (B, S/p, p + F)."""
 
-    def __init__(
-        self, num_samples: int, *, samples_per_patch: int, num_bands: int, max_resolution: int | None = None
-    ) -> None:
+    def __init__(self, num_samples: int, *, samples_per_patch: int, num_bands: int) -> None:
         super().__init__()
         self.samples_per_patch = samples_per_patch
-        self.positions = FourierPositions(
-            (num_samples // samples_per_patch,), num_bands, (max_resolution or num_samples,)
-        )
+        self.positions = FourierPositions((num_samples // samples_per_patch,), num_bands, (num_samples,))
         self.dim = samples_per_patch + self.positions.dim
 
     def forward(self, samples: Tensor) -> Tensor:

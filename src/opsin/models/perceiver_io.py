@@ -56,6 +56,20 @@ class PerceiverConfig:
     def __post_init__(self) -> None:
         if self.numerics not in get_args(Numerics):
             raise ValueError(f'numerics is "{self.numerics}". Known: {", ".join(get_args(Numerics))}.')
+        counts = (
+            "num_latents",
+            "latent_dim",
+            "num_blocks",
+            "layers_per_block",
+            "num_heads",
+            "num_cross_heads",
+            "mlp_ratio",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_blocks > 1000:  # no tensor says how often the layers are run
+            raise ValueError(f"num_blocks is {self.num_blocks}; 1,000 is the most that is taken.")
 
     @property
     def num_layers(self) -> int:
