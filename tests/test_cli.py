@@ -259,3 +259,14 @@ def test_a_result_file_that_cannot_be_written_is_said(photos: Path) -> None:
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert result.returncode == 1
     assert "standard output cannot be written: No space left on device" in result.stderr
+
+
+def test_interrupted_while_the_model_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("opsin.pipeline.load", load)
+    for arguments in (["classify", "a.jpg"], ["fill-mask", "a [MASK]"]):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 130
+        assert "opsin: interrupted" in result.stderr

@@ -25,6 +25,8 @@ ENCODER: dict[str, Any] = {
     "num_self_attends_per_block": 3,
     "num_self_attention_heads": 4,
     "num_cross_attention_heads": 1,
+    "self_attention_widening_factor": 2,
+    "cross_attention_widening_factor": 3,
     "attention_probs_dropout_prob": 0.0,
 }
 
@@ -134,7 +136,7 @@ def flow(train_size: tuple[int, int] = (10, 14)) -> Any:
 def multimodal() -> Any:
     config = transformers.PerceiverConfig(
         **ENCODER, d_model=704, num_frames=16, audio_samples_per_frame=1920, samples_per_patch=16,
-        output_shape=[1, 16, 224, 224], output_num_channels=16, **labels(700),
+        output_shape=[1, 16, 224, 224], output_num_channels=16, image_size=40, **labels(700),
     )  # fmt: skip
     return fill(transformers.PerceiverForMultimodalAutoencoding(config))
 
@@ -308,7 +310,7 @@ def test_optical_flow(tmp_path: Path) -> None:
 
 def test_multimodal_wants_to_know_what_to_decode(tmp_path: Path) -> None:
     model: Any = compat.PerceiverForMultimodalAutoencoding.from_pretrained(saved(multimodal(), tmp_path))
-    assert model.config.num_labels == 700
+    assert (model.config.num_labels, model.config.image_size) == (700, 40)
     with pytest.raises(ValueError, match='subsampled_output_points needs "image" and "audio"'):
         model(inputs={"image": torch.zeros(1, 16, 3, 224, 224), "audio": torch.zeros(1, 30720, 1)})
 

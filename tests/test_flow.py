@@ -515,3 +515,12 @@ def test_a_result_that_cannot_be_written_is_said(here: Path, tmp_path: Path, mon
     assert result.exit_code == 1
     assert f"opsin: {out} cannot be written: No space left on device" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    motion = np.arange(24, dtype=np.float32).reshape(3, 4, 2)
+    for suffix in (".FLO", ".NPY"):
+        write_flow(tmp_path / f"x{suffix}", motion)
+        assert np.array_equal(read_flow(tmp_path / f"x{suffix}"), motion)
+    write_flow(tmp_path / "x.PNG", motion)
+    assert (tmp_path / "x.PNG").read_bytes().startswith(b"\x89PNG")

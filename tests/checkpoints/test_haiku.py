@@ -617,3 +617,27 @@ def test_mappings_of_one_mapping_are_not_copies(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10e6  # as copies 280 MB
+
+
+def test_a_list_of_pairs_makes_one_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.pystate"
+    pairs = b"".join(b"(X\x05\x00\x00\x00%05dNt" % i for i in range(2000))
+    path.write_bytes(
+        b"\x80\x02ccollections\nOrderedDict\nq\x00](" + pairs + b"eq\x01](" + b"h\x00h\x01\x85R" * 3000 + b"e."
+    )
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="truncated, damaged"):
+        checkpoints.read(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6  # as copies 280 MB
+
+
+@pytest.mark.parametrize(("width", "reason"), [(0, "more room than the file"), (600, "a name of 60[0-9] characters")])
+def test_names_are_bounded_too(width: int, reason: str, tmp_path: Path) -> None:
+    """One empty array under every name of every module costs no bytes; the names do."""
+    leaves = {f"{i:03}": ARRAYS["w"][:0] for i in range(300)}
+    path = tmp_path / "names.pystate"
+    path.write_bytes(pickle.dumps({f"{i:04}{'x' * width}": leaves for i in range(3000)}))
+    with pytest.raises(CheckpointError, match=reason):
+        checkpoints.read(path)
