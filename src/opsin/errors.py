@@ -25,6 +25,8 @@
     │   ├── HubError                the hub could not be reached, or refused
     │   ├── CheckpointError         a file that does not fit the model it claims to be
     │   └── UnsafeCheckpoint        a file that could only be read by executing code in it
+    ├── DataError               a labelled set that cannot be read, divided or matched with a model's classes
+    ├── TrainError              a run that cannot begin, go on or be resumed
     ├── NoHead                  labels were asked of a model that has none
     └── MissingExtra            an optional package is not installed
 
@@ -136,6 +138,14 @@ class CheckpointError(ModelError):
 
 class UnsafeCheckpoint(CheckpointError):
     pass
+
+
+class DataError(OpsinError):
+    """A labelled set of images is not what it has to be."""
+
+
+class TrainError(OpsinError):
+    """A training run cannot begin or go on."""
 
 
 class NoHead(OpsinError):

@@ -27,11 +27,13 @@ class Labels:
         names: English, or whatever the checkpoint carries.
         wnids: WordNet id of each class, "" where it is not known; None where no class has one.
         names_zh: Simplified Chinese, "" where it is not known; None where no class has one.
+        multi_label: an image may have several of the classes, or none: scores are sigmoids, not a softmax.
     """
 
     names: tuple[str, ...]
     wnids: tuple[str, ...] | None = None
     names_zh: tuple[str, ...] | None = None
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         for field in ("wnids", "names_zh"):
@@ -110,6 +112,35 @@ def _take(labels: Labels, indices: Sequence[int]) -> Labels:
     return Labels(tuple(labels.names[i] for i in indices), wnids, names_zh)
 
 
+def match(ours: Labels, theirs: Labels) -> list[int | None]:
+    """For each of our classes the index of the same class in theirs, or None.
+
+    The same WordNet id; else the same name; else a synonym ("tabby" of "tabby, tabby cat"; case, spaces, hyphens and
+    underscores do not count) that only one of theirs has. Two of ours never share one of theirs: the later gets None.
+    """
+    by_wnid = {wnid: i for i, wnid in enumerate(theirs.wnids or ()) if wnid}
+    by_name: dict[str, int] = {}
+    for i, name in enumerate(theirs.names):
+        by_name.setdefault(name, i)
+    by_synonym: dict[str, int | None] = {}
+    for i, name in enumerate(theirs.names):
+        for word in _synonyms(name):
+            by_synonym[word] = None if word in by_synonym else i
+    found: list[int | None] = []
+    taken: set[int | None] = set()
+    for i, name in enumerate(ours.names):
+        wnid = ours.wnids[i] if ours.wnids else ""
+        index = by_wnid.get(wnid or name)  # a folder may be named by the id itself
+        if index is None and not (wnid and by_wnid):
+            index = by_name.get(name)
+            if index is None:
+                candidates = {by_synonym.get(word) for word in _synonyms(name)} - {None}
+                index = candidates.pop() if len(candidates) == 1 else None
+        found.append(None if index in taken else index)
+        taken.add(index)
+    return found
+
+
 def _synonyms(name: str) -> set[str]:
     return {part.strip() for part in name.lower().replace("_", " ").replace("-", " ").split(",")}
 
@@ -172,7 +203,7 @@ def top_k(logits: "Tensor", labels: Labels, k: int, lang: str = "en") -> list[li
     indices = logits.topk(count).indices.sort(dim=1).values
     best = logits.gather(1, indices).argsort(dim=1, descending=True, stable=True)[:, :k]
     indices = indices.gather(1, best)
-    scores = logits.softmax(dim=1).gather(1, indices)
+    scores = (logits.sigmoid() if labels.multi_label else logits.softmax(dim=1)).gather(1, indices)
     return [
         [{"label": labels.name(i, lang), "score": score, "index": i} for i, score in zip(*row, strict=True)]
         for row in zip(indices.tolist(), scores.tolist(), strict=True)

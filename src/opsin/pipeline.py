@@ -170,6 +170,18 @@ class Classifier:
         """Features (B, D), float32: the final-norm class token, or the pooling that the checkpoint was trained with."""
         return self._run(self._features, images).numpy()
 
+    def forward(self, resized: list[np.ndarray], *, embed: bool = False) -> Tensor:
+        """Logits (B, K), with `embed` features (B, D), float32, on the CPU; not checked for being finite.
+
+        Args:
+            resized: B images as `preprocess.resize` gives them: for a caller that decodes by its own means.
+        Raises:
+            NoHead: logits are asked of a checkpoint without a classifier.
+        """
+        if not embed:
+            self._require_labels()
+        return self._forward(self._features if embed else self._net, resized)
+
     def stream(
         self, images: Iterable[ImageSource], *, batch_size: int = 32, top_k: int = 5, embed: bool = False
     ) -> Generator[Record]:

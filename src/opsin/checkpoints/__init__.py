@@ -6,7 +6,7 @@
     npz.py     the JAX releases: vision_transformer, big_vision
     haiku.py   DeepMind's Perceiver IO
 
-    name ── read ──> Checkpoint ── write, write_hf ──> folder
+    name ── read ──> Checkpoint ── write, write_hf, write_portable ──> folder
 
 Only this package knows foreign names. `files.py` and `pickles.py` get tensors out of files without executing
 anything in them, `rules.py` turns a table of names into a reader and a writer.
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opsin.checkpoints.hf import write as write_hf
     from opsin.checkpoints.native import write
+    from opsin.checkpoints.portable import write as write_portable
     from opsin.checkpoints.reader import Checkpoint, Source, read
 
-__all__ = ["Checkpoint", "Source", "read", "write", "write_hf"]
+__all__ = ["Checkpoint", "Source", "read", "write", "write_hf", "write_portable"]
 
 _HOME = {
     "Checkpoint": ("reader", "Checkpoint"),
@@ -28,6 +29,7 @@ _HOME = {
     "read": ("reader", "read"),
     "write": ("native", "write"),
     "write_hf": ("hf", "write"),
+    "write_portable": ("portable", "write"),
 }
 
 

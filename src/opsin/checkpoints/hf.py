@@ -7,6 +7,7 @@ same; what there is to know about it is in `hf_perceiver.py`.)
 
 import logging
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from opsin.preprocess import PreprocessConfig
 log = logging.getLogger(__name__)
 
 FORMAT = "transformers"
+MULTI_LABEL = "multi_label_classification"  # config.json's `problem_type` where an image may have several classes
 
 EMBEDDINGS = [
     Rule("cls_token", "embeddings.cls_token"),
@@ -233,7 +235,8 @@ def _read_labels(config: dict[str, Any], num_classes: int, path: Path) -> Labels
         return Labels.numbered(num_classes)
     try:
         names = {int(index): str(name) for index, name in id2label.items()}
-        return Labels.from_names([names[index] for index in range(num_classes)])
+        labels = Labels.from_names([names[index] for index in range(num_classes)])
+        return replace(labels, multi_label=config.get("problem_type") == MULTI_LABEL)
     except (AttributeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: id2label does not name the classes 0 to {num_classes - 1}: {error}") from error
 
@@ -278,6 +281,8 @@ def write(folder: Path, model: nn.Module, preprocess: PreprocessConfig | None, l
         names = [labels.name(i) if labels else f"LABEL_{i}" for i in range(num_classes)]
         config_json["id2label"] = {str(i): name for i, name in enumerate(names)}
         config_json["label2id"] = {name: i for i, name in enumerate(names)}
+        if labels and labels.multi_label:
+            config_json["problem_type"] = MULTI_LABEL
     folder = Path(folder)
     tensors = {name: tensor.cpu() for name, tensor in state.items()}
     floats = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}

@@ -84,8 +84,10 @@ def model_config_of(kind: type[C], path: Path, **fields: Any) -> C:
         raise CheckpointError(f"{path} does not describe a {kind.__name__.removesuffix('Config')}: {error}") from error
 
 
-def _labels(names: list[str], wnids: list[str] | None = None, names_zh: list[str] | None = None) -> Labels:
-    return Labels(tuple(names), tuple(wnids) if wnids else None, tuple(names_zh) if names_zh else None)
+def _labels(
+    names: list[str], wnids: list[str] | None = None, names_zh: list[str] | None = None, multi_label: bool = False
+) -> Labels:
+    return Labels(tuple(names), tuple(wnids) if wnids else None, tuple(names_zh) if names_zh else None, multi_label)
 
 
 def write(

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from opsin.models.layers import Activation, AttentionPool, TransformerLayer
 from opsin.models.position import PosResize, resize_pos_embed
@@ -110,6 +111,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         c = self.config = config
+        self.gradient_checkpointing = False  # while training, keep the layers' inputs only and compute the rest again
         self.stem = None if c.stem is None else ResNetStem(c.num_channels, c.stem, maths=c.stem_maths)
         channels = c.num_channels if self.stem is None else self.stem.out_channels
         self.patch_embed = nn.Conv2d(channels, c.embed_dim, c.patch_size, stride=c.patch_size)
@@ -198,7 +200,10 @@ class ViT(nn.Module):
     def encode(self, tokens: Tensor) -> Tensor:
         """(B, P + N, D) → (B, P + N, D): all layers and, unless it comes after the pooling, the final norm."""
         for layer in self.layers:
-            tokens = layer(tokens)
+            if self.gradient_checkpointing and self.training:
+                tokens = checkpoint(layer, tokens, use_reentrant=False)
+            else:
+                tokens = layer(tokens)
         return tokens if self.config.norm_after_pool else self.norm(tokens)
 
     def pool(self, tokens: Tensor) -> Tensor:

@@ -1,23 +1,27 @@
 """The embedded Perceiver: 5.9M parameters, 64-pixel images, trained on Tiny-ImageNet (200 everyday classes).
 
-python -m opsin.recipes.perceiver_tiny DATA_FOLDER OUT_FOLDER        # OUT_FOLDER/model is assets/perceiver-tiny
+    opsin train --recipe perceiver_tiny --data DIR         # the run's folder is assets/perceiver-tiny
+
+Cost: 4,000 steps of 256 images, 10.8 epochs of 95,000, on two CPU cores; 1.2 petaFLOP. Short inputs first: 65 % of the
+steps at 48 pixels and 96 of 144 tokens, 25 % at 64 pixels and 160 of 256, the rest on all.
+
+    recipe           parameters  petaFLOP
+    perceiver_tiny    5,929,740      1.21
+
+Expected: more than the 36.1 % of the first weights shipped, of a recipe of 2,500 such steps.
+Measured on the 5,000 held-out images: MEASURED-BY-OWNER
+Where the sources disagree: nothing is published of this model. Muon and AdamW for it, and not the LAMB of
+`perceiver_*_in1k`, so that the two embedded models are trained alike.
 """
 
-import sys
-from pathlib import Path
-
-import torch
-
-from opsin import checkpoints
-from opsin.data.tiny_imagenet import read_shards
-from opsin.labels import Labels
 from opsin.models.perceiver_io import ImagePerceiverConfig
 from opsin.recipes.vit_tiny import PREPROCESS
-from opsin.train.loop import Phase, TrainConfig, train
+from opsin.train.config import Phase, TrainConfig
 
 
 def recipe() -> TrainConfig:
     return TrainConfig(
+        method="pretrain",
         model=ImagePerceiverConfig(
             image_size=(64, 64),
             max_resolution=(16, 16),
@@ -33,15 +37,26 @@ def recipe() -> TrainConfig:
             mlp_ratio=4,
             num_classes=200,
         ),
+        preprocess=PREPROCESS,
+        num_images=95_000,
+        holdout=0.05,
+        min_crop_area=0.35,
+        label_smoothing=0.1,
+        optimizer="muon",
+        muon_lr=3e-3,
+        lr=2e-3,
+        betas=(0.9, 0.99),
+        weight_decay=0.05,
+        clip_norm=1.0,
+        schedule="cosine",
+        warmup_steps=200,
+        steps=4000,
+        batch_size=256,
         phases=(
-            Phase(steps=1700, image_size=48, keep_tokens=96),
-            Phase(steps=600, image_size=64, keep_tokens=160),
-            Phase(steps=200, image_size=64, keep_tokens=256),
+            Phase(share=2600 / 4000, image_size=48, keep_tokens=96),
+            Phase(share=1000 / 4000, image_size=64, keep_tokens=160),
         ),
+        precision="bf16",
+        ema_decay=0.995,
+        eval_every=500,
     )
-
-
-if __name__ == "__main__":
-    data_folder, out_folder = map(Path, sys.argv[1:])
-    model = train(recipe(), read_shards(data_folder), out_folder)
-    checkpoints.write(out_folder / "model", model, PREPROCESS, Labels.tiny_imagenet(), dtype=torch.float16)

@@ -1,0 +1,491 @@
+"""A run, whole: data and a config in, a folder out that is a model and says how it came to be.
+
+    runs/1/
+      config.json, model.safetensors, …   the best model by held-out accuracy: `--model runs/1`
+      last/                               the last one, the same way
+      train.json                          the config and the data, what `--resume` goes on with
+      environment.json                    versions, hardware, command
+      held_out.txt                        the images that it was measured on, a name a line
+      metrics.jsonl, curves.png           each logged step
+      evaluation.json, .md, confusion.png, reliability.png     the best model on the held-out images
+      bad_images.jsonl                    images that could not be read
+      state/                              where the run stands; tensorboard/
+"""
+
+import copy
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from opsin import __version__, checkpoints, evaluate, plots
+from opsin.checkpoints import files
+from opsin.data import open_samples
+from opsin.data.samples import Samples, split
+from opsin.errors import CheckpointError, MissingExtra, TrainError
+from opsin.labels import Labels
+from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
+from opsin.models.position import sincos_2d
+from opsin.models.vit import ViT, ViTConfig
+from opsin.pipeline import load
+from opsin.preprocess import PreprocessConfig
+from opsin.results import json_line
+from opsin.train import config as configs
+from opsin.train import probe
+from opsin.train.augment import augment_of
+from opsin.train.config import TrainConfig
+from opsin.train.heads import new_head, preprocess_for
+from opsin.train.loader import Bad
+from opsin.train.lora import add_lora, merge
+from opsin.train.loop import Model, Progress, Training, averaged
+from opsin.train.plan import Cost, cost, forward_flops, peak_flops
+from opsin.train.process import Process
+from opsin.train.state import StateFolder
+from opsin.train.teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+MIN_CALIBRATION = 100  # images: fewer say too little of a temperature
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How a run ended."""
+
+    folder: Path
+    finished: bool  # False: it was asked to stop; `--resume` goes on
+    top1: float | None  # of the best model on the held-out images; None without any
+    top5: float | None
+    num_bad: int
+
+
+def next_folder(parent: Path) -> Path:
+    """The first of parent/1, parent/2, … behind all that are there; made."""
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [int(path.name) for path in parent.iterdir() if path.name.isdecimal()]
+    while True:
+        folder = parent / str(max(taken, default=0) + 1)
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run began at the same time
+            taken.append(int(folder.name))
+        else:
+            return folder
+
+
+def begin(out: Path, config: TrainConfig, data: Sequence[str]) -> None:
+    """Write down what the run is, before anything else: `go` does it.
+
+    Raises:
+        TrainError: the folder holds a run already.
+    """
+    if (out / "train.json").exists():
+        raise TrainError(f"{out} holds a run. Go on with it: opsin train --resume {out}; or choose another --out.")
+    where = [path if "://" in path or not Path(path).exists() else str(Path(path).absolute()) for path in data]
+    files.write_json(out / "train.json", {"opsin": __version__, "data": where, "config": configs.to_dict(config)})
+
+
+def go(
+    out: Path,
+    process: Process,
+    *,
+    cache: Path | None = None,
+    on_start: Callable[[Record], None] = lambda facts: None,
+    on_metrics: Callable[[Record], None] = lambda record: None,
+    on_images: Callable[[int, int], None] = lambda done, total: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Summary:
+    """Do the run that `begin` wrote into `out`, or what is left of it.
+
+    Args:
+        cache: where the features of a probe are kept; without it they are computed each time.
+        on_start, on_metrics: facts of the run, then of each logged step.
+        on_images: how many images of how many have gone through the model, where that takes long by itself.
+        stopping: asked after each step; the state is then written, and `finished` False.
+    Raises:
+        TrainError, DataError, ModelError: what is wrong.
+    """
+    config, data = read(out)
+    samples = open_samples(data)
+    rows, val_rows = split(samples, config.holdout)
+    _check_identity(out, samples, process)
+    if process.is_main:
+        _write_environment(out, process)
+        keys = "".join(f"{samples.key(row)}\n" for row in val_rows)
+        (out / "held_out.txt").write_text(keys, encoding="utf-8", errors="surrogateescape")
+    facts = {
+        "method": config.method,
+        "images": len(rows),
+        "held_out": len(val_rows),
+        "classes": len(samples.labels),
+        "device": str(process.device),
+        "processes": process.world,
+    }
+    if config.method in ("probe", "fewshot"):
+        return _probe(out, config, samples, rows, val_rows, process, facts, cache, on_start, on_metrics, on_images)
+
+    model, preprocess, reused = build(config, samples.labels)
+    training_model: Model = add_lora(model, config.lora_rank, config.lora_alpha) if config.method == "lora" else model
+    image_size = preprocess.image_size
+    steps = num_steps(config, len(rows))
+    metrics = Metrics(out, on_metrics) if process.is_main else None
+
+    def write_best(progress: Progress) -> None:
+        _write_training(out, training_model, preprocess, samples.labels, process)
+
+    training_model.to(process.device)
+    facts["flops_per_image"] = 3 * forward_flops(model, image_size)
+    training = Training(
+        model=training_model,
+        config=config,
+        samples=samples,
+        rows=rows,
+        val_rows=val_rows,
+        preprocess=preprocess,
+        augment=augment_of(config, preprocess),
+        steps=steps,
+        image_size=image_size,
+        process=process,
+        states=StateFolder(out / "state", rank=process.rank, world=process.world),
+        teacher=Teacher(config.teacher, samples.labels, process.device) if config.teacher else None,
+        flops=facts["flops_per_image"],
+        peak_flops=peak_flops(process.device, config.precision),
+        on_metrics=metrics.add if metrics else lambda record: None,
+        on_best=write_best,
+        on_bad=lambda bad: _append(out / "bad_images.jsonl", [asdict(each) for each in bad]),
+        stopping=stopping,
+    )
+    training.restore()
+    if metrics:
+        metrics.forget_after(training.progress.step)
+        params = sum(p.numel() for p in training_model.parameters() if p.requires_grad)
+        on_start(facts | {"steps": steps, "step": training.progress.step, "trained_params": params, "reused": reused})
+    finished = training.run()
+    with averaged(training_model, training.ema):
+        _write_training(out / "last", training_model, preprocess, samples.labels, process)
+        if not len(val_rows):
+            _write_training(out, training_model, preprocess, samples.labels, process)
+    summary = Summary(out, finished, None, None, len(training.progress.bad))
+    if process.is_main:
+        assert metrics
+        metrics.close()
+        if finished:
+            summary = _judge(out, summary, samples, val_rows, process.device, on_images)
+    process.wait()
+    return summary
+
+
+def read(out: Path) -> tuple[TrainConfig, list[str]]:
+    """The config and the data of a run's folder.
+
+    Raises:
+        TrainError: it holds no run, or one of an opsin with other settings.
+    """
+    path = out / "train.json"
+    if not path.is_file():
+        raise TrainError(f"{out} holds no run: there is no train.json in it.")
+    try:
+        content = files.read_json(path)
+        return configs.from_dict(content["config"]), list(content["data"])
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TrainError(f"{path} is not what this opsin ({__version__}) writes: {error}.") from error
+
+
+def num_steps(config: TrainConfig, num_images: int) -> int:
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return max(round(config.epochs * num_images / config.batch_size), 1)
+
+
+def estimate(config: TrainConfig, labels: Labels, num_images: int, world: int) -> Cost:
+    """What `--dry-run` prints."""
+    model, preprocess, _ = build(config, labels)
+    steps = num_steps(config, num_images)
+    if config.method in ("probe", "fewshot"):
+        raise TrainError("a probe has no steps to plan: it costs one forward pass of each image.")
+    return cost(model, config, steps=steps, image_size=preprocess.image_size, world=world)
+
+
+def build(config: TrainConfig, labels: Labels) -> tuple[Model, PreprocessConfig, int]:
+    """The model to train, its preprocessing, and how many classes of its head came from the checkpoint.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded, or is no classifier of images.
+        TrainError: the sizes do not fit.
+    """
+    torch.manual_seed(config.seed)
+    try:
+        if config.init is None:
+            return *_from_scratch(config, labels), 0
+        checkpoint = checkpoints.read(config.init)
+        if not isinstance(checkpoint.model, ViT | ImagePerceiver) or checkpoint.preprocess is None:
+            raise TrainError(f"{config.init} does not classify images; training is for models that do.")
+        preprocess = config.preprocess or checkpoint.preprocess
+        if config.image_size is not None:
+            preprocess = preprocess_for(preprocess, (config.image_size, config.image_size))
+        model, reused = new_head(
+            checkpoint.model,
+            checkpoint.labels,
+            labels,
+            bias=config.head_bias,
+            image_size=preprocess.image_size,
+            dropout_rate=config.dropout_rate,
+            drop_path_rate=config.drop_path_rate,
+        )
+    except ValueError as error:
+        raise TrainError(str(error)) from error
+    _checkpoint_gradients(model, config)
+    return model, preprocess, reused
+
+
+def _from_scratch(config: TrainConfig, labels: Labels) -> tuple[Model, PreprocessConfig]:
+    shape = config.model
+    assert shape is not None
+    if config.image_size is not None:
+        shape = replace(shape, image_size=(config.image_size, config.image_size))
+    model: Model
+    if isinstance(shape, ImagePerceiverConfig):
+        model = ImagePerceiver(replace(shape, num_classes=len(labels)))
+        head = model.decoder.out
+    else:
+        rates = {"dropout_rate": config.dropout_rate, "drop_path_rate": config.drop_path_rate}
+        model = ViT(replace(shape, num_classes=len(labels), **rates))
+        head = model.head
+        if config.sincos_positions:
+            table = sincos_2d(model.config.grid, model.config.embed_dim) * 0.1
+            with torch.no_grad():
+                model.pos_embed[:, model.config.num_positioned :].copy_(table)
+    assert head is not None
+    nn.init.constant_(head.bias, config.head_bias)
+    preprocess = config.preprocess or PreprocessConfig(size=shape.image_size)
+    if preprocess.image_size != shape.image_size:
+        preprocess = preprocess_for(preprocess, shape.image_size)
+    _checkpoint_gradients(model, config)
+    return model, preprocess
+
+
+def _checkpoint_gradients(model: Model, config: TrainConfig) -> None:
+    if isinstance(model, ViT):
+        model.gradient_checkpointing = config.gradient_checkpointing
+    else:
+        model.encoder.gradient_checkpointing = config.gradient_checkpointing
+
+
+# ── models, written ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _write_training(
+    folder: Path, model: Model, preprocess: PreprocessConfig, labels: Labels, process: Process
+) -> None:
+    """The model as it stands, whole, from however many shards; written by the main process."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        state = {
+            name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+            for name, tensor in model.state_dict().items()
+        }
+        if process.is_main:
+            plain = type(model)(model.config)  # type: ignore[arg-type]
+            plain.load_state_dict(state)
+            checkpoints.write_portable(folder, plain, preprocess, labels)
+    elif process.is_main:
+        checkpoints.write_portable(folder, merge(copy.deepcopy(model)).cpu(), preprocess, labels)
+
+
+def _judge(
+    out: Path, summary: Summary, samples: Samples, val_rows: np.ndarray, device: torch.device,
+    on_images: Callable[[int, int], None],
+) -> Summary:  # fmt: skip
+    """Score the best model by the public path, calibrate it, draw the pictures."""
+    try:
+        plots.curves(out / "curves.png", _read_lines(out / "metrics.jsonl"))
+    except MissingExtra as error:
+        log.warning("no curves.png: %s", error)
+    if not len(val_rows):
+        return summary
+    classifier = load(out, device=str(device))
+    predictions = evaluate.predict(classifier, samples, val_rows, on_batch=on_images)
+    logits, targets = predictions.logits[predictions.ok], samples.targets[val_rows][predictions.ok]
+    temperature = 1.0
+    if len(logits) >= MIN_CALIBRATION:
+        temperature = evaluate.fit_temperature(logits, targets, multi_label=samples.labels.multi_label)
+        evaluate.calibrate(classifier.model, temperature)
+        checkpoints.write_portable(out, classifier.model, classifier.preprocess, samples.labels)  # type: ignore[arg-type]
+    metrics = evaluate.metrics(logits / temperature, targets, samples.labels)
+    facts = {"model": str(out), "images": "held out", "temperature": temperature}
+    evaluate.report(out, metrics, predictions, facts=facts)
+    return replace(summary, top1=metrics.top1, top5=metrics.top5)
+
+
+# ── probes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _probe(
+    out: Path, config: TrainConfig, samples: Samples, rows: np.ndarray, val_rows: np.ndarray, process: Process,
+    facts: Record, cache: Path | None, on_start: Callable[[Record], None], on_metrics: Callable[[Record], None],
+    on_images: Callable[[int, int], None],
+) -> Summary:  # fmt: skip
+    """A linear head on frozen features: seen once by the model, then solved for."""
+    if process.world > 1:
+        raise TrainError("a probe runs in one process: start it without torchrun.")
+    assert config.init is not None
+    (out / "metrics.jsonl").unlink(missing_ok=True)  # a probe that was cut begins again; its features are kept
+    metrics = Metrics(out, on_metrics)
+    body_config = replace(config, method="finetune", steps=1, epochs=None)
+    model, preprocess, _ = build(body_config, samples.labels)
+    checkpoints.write_portable(out / "last", model, preprocess, samples.labels)  # the body, under a head that is yet to be found
+    classifier = load(out / "last", device=str(process.device))
+    on_start(facts | {"steps": config.steps, "step": 0, "trained_params": sum(p.numel() for p in _head(model).parameters())})
+    features = probe.extract(
+        classifier, samples, rows, cache=cache, batch_size=min(config.batch_size, 256), on_batch=on_images
+    )
+    if features.errors:
+        bad = [Bad(*error) for error in features.errors]
+        _append(out / "bad_images.jsonl", [asdict(each) for each in bad])
+        share = 0.01 if config.max_bad is None else config.max_bad
+        if len(bad) > max(share * len(rows), 5 if config.max_bad is None else 0):
+            raise TrainError(
+                f"{len(bad)} of {len(rows)} training images could not be read; the last: {bad[-1].message} "
+                f"{out / 'bad_images.jsonl'} names them. Mend or remove them, or allow more: --max-bad 0.1"
+            )
+    x, y = features.features[features.ok], samples.targets[rows][features.ok]
+    if config.method == "fewshot":
+        weight, bias = probe.fewshot_weights(x, y, len(samples.labels))
+        loss = float(evaluate.metrics(x @ weight.T + bias, y, samples.labels).loss)
+        history: list[Record] = [{"step": 1, "loss": loss}]
+    else:
+        result = probe.probe(
+            x,
+            y,
+            len(samples.labels),
+            multi_label=samples.labels.multi_label,
+            class_weights=config.class_weights,
+            seed=config.seed,
+            max_iter=config.steps,
+            lr=config.lr,
+        )
+        weight, bias, history = result.weight, result.bias, result.history
+        files.write_json(out / "probe.json", {"solver": result.method, "l2": result.l2, "table": result.table})
+    for record in history:
+        metrics.add(record)
+    metrics.close()
+    head = _head(model)
+    with torch.no_grad():
+        head.weight.copy_(torch.as_tensor(weight))
+        head.bias.copy_(torch.as_tensor(bias))
+    for folder in (out, out / "last"):
+        checkpoints.write_portable(folder, model, preprocess, samples.labels)
+    summary = Summary(out, True, None, None, len(features.errors))
+    return _judge(out, summary, samples, val_rows, process.device, on_images)
+
+
+def _head(model: Model) -> nn.Linear:
+    head = model.decoder.out if isinstance(model, ImagePerceiver) else model.head
+    assert head is not None
+    return head
+
+
+# ── what a run writes down ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Metrics:
+    """metrics.jsonl, a line a record; TensorBoard, and wandb where its environment asks for it."""
+
+    def __init__(self, out: Path, on_metrics: Callable[[Record], None]) -> None:
+        self.path, self.on_metrics = out / "metrics.jsonl", on_metrics
+        self.board: Any = None
+        self.wandb: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            pass  # comes with the extra "train"; the figures are in metrics.jsonl all the same
+        else:
+            self.board = SummaryWriter(str(out / "tensorboard"))
+        if any(name in os.environ for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE")):
+            try:
+                import wandb
+            except ImportError:
+                log.warning("WANDB_… is set, and wandb is not installed: pip install wandb")
+            else:
+                wandb.init(dir=str(out), name=str(out), resume="allow")
+                self.wandb = wandb
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines behind the state that the run goes on from: they will be written again."""
+        if self.path.exists():
+            lines = [line for line in _read_lines(self.path) if line["step"] <= step]
+            with files.replacing(self.path) as part:
+                part.write_text("".join(f"{json_line(line)}\n" for line in lines), encoding="utf-8")
+
+    def add(self, record: Record) -> None:
+        _append(self.path, [record])
+        for name, value in record.items():
+            if self.board and name != "step" and isinstance(value, int | float):
+                self.board.add_scalar(name, value, record["step"])
+        if self.wandb:
+            self.wandb.log(record, step=record["step"])
+        self.on_metrics(record)
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _read_lines(path: Path) -> list[Record]:
+    """The records of a file of JSON lines; a last one that was cut off while it was written is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _append(path: Path, records: Sequence[Record]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(f"{json_line(record)}\n" for record in records))
+
+
+def _check_identity(out: Path, samples: Samples, process: Process) -> None:
+    """The data of a run that goes on are those it began with."""
+    path, identity = out / "data.json", samples.identity()
+    if path.exists():
+        before = files.read_json(path).get("identity")
+        if before != identity:
+            raise TrainError(
+                f"the data are not those that {out} began with: files were added, removed or changed. "
+                "Put them back, or begin a new run."
+            )
+    elif process.is_main:
+        classes = [samples.labels.name(i) for i in range(len(samples.labels))]
+        files.write_json(path, {"identity": identity, "images": len(samples), "classes": classes})
+
+
+def _write_environment(out: Path, process: Process) -> None:
+    cuda = process.device.type == "cuda"
+    facts = {
+        "opsin": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(process.device) if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": process.world,
+        "command": sys.argv,
+    }
+    files.write_json(out / "environment.json", facts)
