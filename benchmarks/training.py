@@ -176,9 +176,9 @@ def speed() -> dict[str, Any]:
             (optimizer,) = make(model, config)
             forward = torch.compile(model) if on_gpu else model
 
-            def step(forward: Any = forward, optimizer: Any = optimizer) -> None:
+            def step(forward: Any = forward, optimizer: Any = optimizer, x: Any = pixels, y: Any = targets) -> None:
                 with arithmetic(device, "bf16"):
-                    loss = F.cross_entropy(forward(pixels), targets)
+                    loss = F.cross_entropy(forward(x), y)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

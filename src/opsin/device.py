@@ -1,5 +1,6 @@
 """Where a model runs, and with which arithmetic."""
 
+import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,13 @@ def find_device(name: str) -> torch.device:
     if device.type == "meta":
         raise ValueError('device "meta" holds no numbers. Use "cpu" or "cuda".')
     return device
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 by itself: with AVX512-BF16 or AMX; others emulate it, slower than fp32."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 _flags_lock = threading.Lock()

@@ -15,8 +15,8 @@ from opsin.checkpoints.files import read_tensors
 
 SHAPE = [
     "model.image_size=[16,16]", "model.patch_size=4", "model.embed_dim=24", "model.num_layers=2", "model.num_heads=2",
-    "model.mlp_dim=40", "phases=[]", "precision=fp32", "optimizer=adamw", "warmup_steps=2", "log_every=1", "eval_every=6",
-    "save_every=2", "image_size=16", "ema_decay=0.9",
+    "model.mlp_dim=40", "phases=[]", "precision=fp32", "optimizer=adamw", "warmup_steps=2", "log_every=1",
+    "eval_every=6", "save_every=2", "image_size=16", "ema_decay=0.9",
 ]  # fmt: skip
 
 

@@ -138,8 +138,8 @@ def test_perceiver_with_sigmoid_loss_and_class_weights(training: Make) -> None:
         layers_per_block=1, num_heads=2, num_classes=3, embed_dim=8,
     )  # fmt: skip
     run = training(
-        network=ImagePerceiver(shape), optimizer="lamb", lr=0.02, loss="sigmoid", class_weights=True, steps=40, eval_every=40,
-        decay_positions=True, weight_decay=0.1,
+        network=ImagePerceiver(shape), optimizer="lamb", lr=0.02, loss="sigmoid", class_weights=True, steps=40,
+        eval_every=40, decay_positions=True, weight_decay=0.1,
     )  # fmt: skip
     run.run()
     assert run.class_weights.tolist() == [1, 1, 1]
@@ -277,5 +277,3 @@ def test_16_bit_pictures_and_alpha_train_like_any_other(training: Make, samples:
     run = training()
     run.run()
     assert not run.bads  # type: ignore[attr-defined]
-
-

@@ -40,6 +40,7 @@ from opsin.cli.training import doctor, evaluate_command, train
 if TYPE_CHECKING:
     from opsin.pipeline import Classifier
 
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OPSIN", "max_content_width": 100},
     epilog="Exit codes: 0 all good, 1 the result could not be written, 2 usage, 3 some inputs failed, "

@@ -49,24 +49,40 @@ DEFAULT_RECIPES = {
 @click.option("--recipe", "recipe_name", metavar="NAME", help="A paper's recipe; --list names all.")
 @click.option("--list", "list_recipes", is_flag=True, help="List the recipes.")
 @click.option("--model", metavar="NAME", help="What to begin with: hub id, folder, file, or a name of `opsin models`.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Folder of the run; without it runs/1, runs/2, …")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder of the run; without it runs/1, runs/2, …",
+)
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Of a probe: iterations of its solver.")
 @click.option("--steps", type=click.IntRange(1), help="Of the optimiser, instead of epochs.")
 @click.option("--batch-size", type=click.IntRange(1))
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate of the whole batch.")
 @click.option("--image-size", "--img-size", type=click.IntRange(1), metavar="PIXELS")
 @click.option("--seed", type=int)
-@click.option("--holdout", type=click.FloatRange(0, 1), metavar="SHARE",
-              help="Of each class, to measure on, where the data have no division of their own.")
-@click.option("--max-bad", type=click.FloatRange(0, 1), metavar="SHARE",
-              help="Of the images may be unreadable before the run stops. [default: 1 %, or 5 images]")
+@click.option(
+    "--holdout",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Of each class, to measure on, where the data have no division of their own.",
+)
+@click.option(
+    "--max-bad",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Of the images may be unreadable before the run stops. [default: 1 %, or 5 images]",
+)
 @click.option("--workers", type=click.IntRange(0), help="Processes that read images.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting of the recipe.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option("--dry-run", is_flag=True, help="Print the plan, its memory and cost, and stop.")
-@click.option("--resume", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
-              help="Go on with the run in this folder.")
+@click.option(
+    "--resume",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Go on with the run in this folder.",
+)
 def train(
     data: tuple[str, ...], more_data: tuple[str, ...], list_recipes: bool, resume: Path | None, out: Path | None,
     device: str, dry_run: bool, **options: Any,
@@ -81,7 +97,8 @@ def train(
     opsin train --resume runs/1
 
     DATA is a folder with a folder for each class, a CSV or Parquet file, WebDataset or ImageNet tar files,
-    Tiny-ImageNet, or the id of a data set on the hub. The run's folder is a model: `opsin classify x.jpg --model runs/1`.
+    Tiny-ImageNet, or the id of a data set on the hub. The run's folder is a model:
+    `opsin classify x.jpg --model runs/1`.
     """
     if list_recipes:
         show_recipes()
@@ -201,7 +218,7 @@ def stopping(method: str) -> Iterator[threading.Event]:
 
 
 class Report:
-    """Progress of a run on standard error: a bar on a terminal; elsewhere a line for each evaluation and each minute."""
+    """Progress of a run on standard error: a bar on a terminal; elsewhere a line an evaluation, and a minute."""
 
     def __init__(self, config: "TrainConfig", bar: Any) -> None:
         self.config, self.bar = config, bar
@@ -318,7 +335,9 @@ def dry(config: "TrainConfig", data: list[str], device: str) -> None:
         "operations": f"{cost.flops:.3g} FLOP",
         "memory": f"{cost.weight_bytes / 1e9:.2f} GB of weights and optimiser, "
         f"about {cost.activation_bytes / 1e9:.2f} GB of activations",
-        "time here": span(plan["hours_here_at_40_percent"] * 3600) + ", if 40 % of the peak is reached" if peak else "–",
+        "time here": span(plan["hours_here_at_40_percent"] * 3600) + ", if 40 % of the peak is reached"
+        if peak
+        else "–",
         "H100": f"{plan['h100_hours_at_40_percent']:,.1f} device-hours, at 40 % of its peak",
     }
     for name, value in rows.items():
@@ -336,13 +355,22 @@ def show_recipes() -> None:
 @click.argument("data", nargs=-1, required=True)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME", help="Also the folder of a run.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Write evaluation.json, evaluation.md, confusion.png, reliability.png and errors.jsonl.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Write evaluation.json, evaluation.md, confusion.png, reliability.png and errors.jsonl.",
+)
 @click.option("--split", metavar="NAME", help="train, val, … of data that are divided. [default: the held-out images]")
 @click.option("--against", metavar="NAME", help="A second model: where do the two differ?")
 @click.option("--train", "train_data", metavar="DATA", help="Labelled images for k-NN and few-shot scores.")
-@click.option("--real", "--real-labels", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
-              help="ImageNet ReaL's real.json.")
+@click.option(
+    "--real",
+    "--real-labels",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="ImageNet ReaL's real.json.",
+)
 @click.option("--partial", is_flag=True, help="Allow classes of the model without an image.")
 @click.option("--calibrate", is_flag=True, help="Fit a temperature and store it with the model, a folder here.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
@@ -368,7 +396,9 @@ def evaluate_command(
     from opsin.results import json_line
 
     if calibrate and not Path(model).is_dir():
-        raise click.BadParameter(f'"{model}" is not a folder here, so nothing can be stored in it.', param_hint="--model")
+        raise click.BadParameter(
+            f'"{model}" is not a folder here, so nothing can be stored in it.', param_hint="--model"
+        )
     try:
         samples = open_samples(list(data), split=split)
         second = load_model("evaluate", model=against, **options | {"revision": None}) if against else None
@@ -419,7 +449,10 @@ def evaluate_command(
     for bad in found.errors[:5]:
         say(bad.message)
     if found.errors:
-        say(f"{len(found.errors)} of {len(found.ok)} images could not be read" + (f": {out}/errors.jsonl" if out else ""))
+        say(
+            f"{len(found.errors)} of {len(found.ok)} images could not be read"
+            + (f": {out}/errors.jsonl" if out else "")
+        )
     sys.exit(SOME_FAILED if found.errors else ALL_GOOD)
 
 
@@ -464,8 +497,12 @@ def feature_scores(
 
 @click.command(short_help="Look for what is wrong with a folder of images.")
 @click.argument("data", nargs=-1, required=True)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Write doctor.json, doctor.md and a contact sheet.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Write doctor.json, doctor.md and a contact sheet.",
+)
 @click.option("--max-pixels", type=click.IntRange(1), metavar="N", help="Count larger images as unreadable.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode.")
 def doctor(data: tuple[str, ...], out: Path | None, max_pixels: int | None, workers: int) -> None:

@@ -37,6 +37,7 @@ def open_samples(data: str | Sequence[str], *, split: str | None = None) -> "Sam
     paths = [os.fspath(data)] if isinstance(data, str | os.PathLike) else [os.fspath(path) for path in data]
     if not paths:
         raise DataError("no data is given. Give a folder, a table, shards or the id of a data set.")
+    paths = [match for path in paths for match in _expanded(path)]
     if len(paths) == 1 and Path(paths[0]).is_dir():
         return _open_folder(paths[0], split)
     kinds = {_kind(path) for path in paths}
@@ -74,6 +75,7 @@ def open_samples(data: str | Sequence[str], *, split: str | None = None) -> "Sam
 def _open_folder(path: str, split: str | None) -> "Samples":
     from opsin.data import hub, table, tar, tiny_imagenet
     from opsin.data.folder import open_folder
+    from opsin.data.samples import find_files
 
     folder = Path(path)
     if shards := sorted(map(str, folder.glob(tiny_imagenet.SHARDS))):
@@ -84,14 +86,12 @@ def _open_folder(path: str, split: str | None) -> "Samples":
         return tiny_imagenet.open_original(folder, split)
     if tables := table.metadata_tables(folder):
         return table.open_table(tables, split)
-    if shards := sorted(map(str, [*folder.glob("*.tar"), *folder.glob("*/*.tar")])):
+    if shards := find_files(folder, "*.tar"):
         return tar.open_shards(shards, split)
     if hub.is_saved(folder):
         return hub.open_dataset(path, split)
     if files := table.parquet_files(folder):
-        kind = {_kind(file) for file in files}
-        if kind == {"parquet"}:
-            return table.open_parquet(files, split)
+        return table.open_parquet(files, split)
     try:
         return open_folder(path, split)
     except DataError as error:
@@ -103,10 +103,17 @@ def _open_folder(path: str, split: str | None) -> "Samples":
         ) from error
 
 
+def _expanded(path: str) -> list[str]:
+    """The files that a pattern or a range on this machine stands for; anything else is itself."""
+    if "://" in path or not set(path) & set("*?[{") or os.path.lexists(path):
+        return [path]
+    from opsin.data.tar import expand
+
+    return expand(path)
+
+
 def _kind(path: str) -> str:
     """Which reader a path, pattern or id that is no folder belongs to."""
-    import glob
-
     lower = path.lower()
     if lower.endswith(".tar") or ("://" in path and ".tar" in lower.partition("?")[0]):
         return "tar"
@@ -131,7 +138,7 @@ def _kind(path: str) -> str:
             f"{path} is no labelled set. Right is a folder of class folders, or a .zip, .csv, .tsv, .jsonl, .parquet "
             "or .tar file."
         )
-    if _HUB_ID.fullmatch(path) and not glob.has_magic(path) and not lower.endswith((".zip", ".csv", ".parquet")):
+    if _HUB_ID.fullmatch(path) and not lower.endswith((".zip", ".csv", ".parquet")):
         return "dataset"
     raise DataError(
         f"there is no {path}. Give a folder, a table (.csv, .tsv, .jsonl, .parquet), a .zip, .tar shards, or the id of "

@@ -124,7 +124,7 @@ def _roots(tree: Tree) -> list[str]:
     if splits and (
         ("train" in kinds and len(kinds) > 1) or not any(_has_images(tree, n) for n in top if n not in splits)
     ):
-        return splits
+        return sorted(splits, key=lambda name: (split_word(name) != "train", name))
     return [""]
 
 

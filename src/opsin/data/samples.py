@@ -370,6 +370,20 @@ def split_word(word: str | None) -> str | None:
     return _SPLIT.get((word or "").strip().lower())
 
 
+def find_files(folder: Path, pattern: str) -> list[str]:
+    """Files of a pattern in a folder and in its train/, val/ and test/; else in its data/ likewise. Sorted.
+
+    Other folders are not looked into: they may be classes, with a million images each.
+    """
+    for base in (folder, folder / "data"):
+        if not base.is_dir():
+            continue
+        places = [base, *(path for path in base.iterdir() if split_word(path.name) and path.is_dir())]
+        if found := sorted(str(path) for place in places for path in place.glob(pattern) if path.is_file()):
+            return found
+    return []
+
+
 def choose(parts: Sequence[str | None], wanted: str | None, where: str) -> list[bool | None]:
     """What to do with each part of a set: False, train on it; True, hold it out; None, leave it.
 

@@ -33,9 +33,9 @@ from opsin.data.samples import (
     digest,
     encode,
     enumerated,
+    find_files,
     held_out_rows,
     split_of,
-    split_word,
 )
 from opsin.errors import DataError, ImageCorrupt, ImageNotFound, ImageUnreadable, MissingExtra
 
@@ -116,8 +116,7 @@ def open_table(paths: Sequence[str], split: str | None = None) -> Files:
 
 def metadata_tables(folder: Path) -> list[str]:
     """`metadata.*` with a class column, in a folder or in its train/, val/ and test/."""
-    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and split_word(path.name))]
-    tables = [str(place / name) for place in places for name in METADATA if (place / name).is_file()]
+    tables = [path for path in find_files(folder, "metadata.*") if Path(path).name in METADATA]
     if not all(_has_classes(path) for path in tables):
         log.info("%s: %s holds no classes; the folders' names are taken", folder, enumerated(tables, 3))
         return []
@@ -287,11 +286,8 @@ def has_image_bytes(path: str) -> bool:
 
 
 def parquet_files(folder: Path) -> list[str]:
-    """The Parquet files of a folder, of its `data/`, or of the folders in it: the first place that has some."""
-    for pattern in ("*.parquet", "data/*.parquet", "*/*.parquet"):
-        if found := sorted(str(path) for path in folder.glob(pattern) if path.name not in METADATA):
-            return found
-    return []
+    """The Parquet files with image bytes of a folder, its data/, or their train/, val/ and test/."""
+    return [path for path in find_files(folder, "*.parquet") if has_image_bytes(path)]
 
 
 def open_parquet(paths: Sequence[str], split: str | None = None) -> "Parquet":

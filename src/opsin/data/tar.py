@@ -85,14 +85,18 @@ def _members(path: str, file: IO[bytes], start: int, stop: int) -> Iterator[tupl
         DataError: it is no tar file, is compressed, or is damaged.
     """
     try:
+        if stop - start < _BLOCK_BYTES:
+            raise tarfile.ReadError("not even one header")
         file.seek(start)
         with tarfile.TarFile(fileobj=file) as tar:
-            while (member := tar.next()) is not None:
+            member = tar.next()
+            while member is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all
                 if member.offset_data + member.size > stop:
                     raise tarfile.ReadError(f"{member.name} is to end at byte {member.offset_data + member.size:,}")
                 if member.isreg() and not member.issparse():
                     yield member, member.offset_data
+                member = tar.next() if tar.offset < stop else None  # not into what follows in `file`
             end = tar.offset
         # tarfile takes a damaged header for the end; the true end is zeros, or nothing
         file.seek(end)
@@ -111,7 +115,7 @@ def _kept(archive: Archive, kind: str, build: Callable[[], Index]) -> Index:
         return build()
     path = cache_folder() / "index" / f"{digest([kind, archive.path, archive.version])}.npz"
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
             names = Strings(kept["packed"], kept["ends"])
             return Index(names, kept["offsets"], kept["sizes"], json.loads(kept["classes"].tobytes()))
     except FileNotFoundError:
@@ -327,14 +331,13 @@ def _matches(shard: str) -> list[str]:
     if _is_url(shard):
         if not glob.has_magic(shard) or shard.startswith(("http://", "https://")):  # there "?" begins a query
             return [shard]
-        scheme = shard.partition("://")[0]
-        found = [f"{scheme}://{path.partition('://')[2] or path}" for path in _remote(shard, lambda fs, p: fs.glob(p))]
+        found = _remote(shard, lambda fs, path: [fs.unstrip_protocol(match) for match in fs.glob(path)])
     elif Path(shard).is_file():
         return [shard]
     else:
         found = glob.glob(shard, recursive=True)
     if not found:
-        raise DataError(f"no shard {shard}. Check the path, or the range of numbers.")
+        raise DataError(f"there is no {shard}. Check the path, or the range of numbers.")
     return sorted(found)
 
 

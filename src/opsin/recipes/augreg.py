@@ -36,7 +36,7 @@ Where the sources disagree:
   hidden layer on ImageNet.
 - Loss: sigmoids on both data sets with head biases −10 and −6.9, as big_vision now; it had softmax on ImageNet before.
 Not as the original: RandAugment is the same, but moves and boxes are shares of the side; MixUp draws one λ for each
-micro-batch of a device; crops are drawn uniformly by area, and resized with antialiasing.
+micro-batch of a device; crops are resized with antialiasing.
 """
 
 from opsin.preprocess import PreprocessConfig
@@ -75,6 +75,7 @@ def _recipe(
         num_images=num_images,
         holdout=holdout,
         min_crop_area=0.05,
+        crop_by="side",
         rand_augment=rand_augment,
         mixup=mixup,
         loss="sigmoid",

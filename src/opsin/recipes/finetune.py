@@ -54,6 +54,7 @@ def _table4(
         num_images=num_images,
         holdout=holdout,
         min_crop_area=0.05,
+        crop_by="side",
         loss="softmax",
         optimizer="sgd",
         momentum=0.9,

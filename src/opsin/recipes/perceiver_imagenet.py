@@ -21,8 +21,8 @@ Where the sources disagree:
 - Evaluation: the notebook's resize (OpenCV's bicubic, on bytes) and not that of the training code (TensorFlow's, floats
   beyond 0..255), since the published weights are used with the former.
 - Weight decay 0.1 is also of positions and latents, not of biases and norms; LAMB's trust ratio is of all tensors.
-Not as the original: RandAugment comes after resizing, at 224 pixels, and not before; crops are drawn uniformly by area
-and resized with antialiasing; MixUp's λ is one for each micro-batch, and not one an image. Batch norm has the
+Not as the original: RandAugment comes after resizing, at 224 pixels, and not before; crops are resized with
+antialiasing; MixUp's λ is one for each micro-batch, and not one an image. Batch norm has the
 statistics of a micro-batch, 32 images here, 16 on the 64 TPUs of the paper.
 
 JFT-300M (App. A.2) has no recipe, as the data are not public: LAMB at 3e-4, cosine, 14 epochs, decay 0.1, batch 8192,
@@ -44,6 +44,7 @@ def _recipe(model: ImagePerceiverConfig) -> TrainConfig:
         num_images=IMAGENET_1K,
         holdout=0.01,
         min_crop_area=0.08,
+        crop_by="side",
         rand_augment=(4, 5),
         mixup=0.2,
         cutmix=1.0,

@@ -18,8 +18,7 @@ Where the sources disagree:
   ImageNet has it, and the published counts, of fine-tuned models, are smaller by its D² + D.
 - Softmax and global-norm clip 1, as the paper; big_vision's later config of the same data takes sigmoids.
 - 300 epochs at 3e-3 with decay 0.3; for better scores on the same data see `augreg_*_in1k` and `deit_*`.
-Not as the original: crops are drawn uniformly by area and resized with antialiasing; the release draws their height and
-does not antialias. Evaluation is the release's (`jax_squash`).
+Not as the original: crops are resized with antialiasing. Evaluation is the release's (`jax_squash`).
 """
 
 from opsin.preprocess import PreprocessConfig
@@ -36,6 +35,7 @@ def _recipe(size: Size, patch_size: int) -> TrainConfig:
         num_images=IMAGENET_1K,
         holdout=0.01,
         min_crop_area=0.05,
+        crop_by="side",
         loss="softmax",
         optimizer="adam",
         lr=3e-3,

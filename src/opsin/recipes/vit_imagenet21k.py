@@ -22,8 +22,7 @@ Where the sources disagree:
 - Dropout 0.1, as Table 3. The 0.0 of the release's `configs/models.py` for B and L/32 is of fine-tuning.
 - Gradients are not clipped: the paper clips on ImageNet only.
 - Decay is of every parameter, biases and norms too, and times the learning rate, as in the release's optimiser.
-Not as the original: crops are drawn uniformly by area and resized with antialiasing; the release draws their height and
-does not antialias. Evaluation is the release's (`jax_squash`).
+Not as the original: crops are resized with antialiasing. Evaluation is the release's (`jax_squash`).
 """
 
 from opsin.preprocess import PreprocessConfig
@@ -41,11 +40,12 @@ def _recipe(size: Size, patch_size: int) -> TrainConfig:
         num_images=IMAGENET_21K,
         holdout=0.004,  # about the 51,200 images that big_vision sets aside
         min_crop_area=0.05,
+        crop_by="side",
         loss="sigmoid",
         optimizer="adam",
         lr=1e-3,
         betas=(0.9, 0.999),
-        weight_decay=0.1,
+        weight_decay=0.03,
         decay_all=True,
         clip_norm=None,
         schedule="linear",

@@ -10,7 +10,7 @@ torch, and kornia's RandAugment (0.9) is another one: floats, no Cutout, other r
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -19,9 +19,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from opsin.preprocess import RESAMPLES, PreprocessConfig, Resample
-from opsin.train.config import TrainConfig
+from opsin.train.config import CropBy, TrainConfig
 
-CropBy = Literal["area", "side"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom: Pillow's order
 
 GREY = (128, 128, 128)
@@ -101,6 +100,7 @@ def augment_of(config: TrainConfig, preprocess: PreprocessConfig) -> Augment:
     """
     return Augment(
         min_crop_area=config.min_crop_area,
+        crop_by=config.crop_by,
         flip_rate=config.flip_rate,
         rand_augment=config.rand_augment,
         auto_augment=config.auto_augment,

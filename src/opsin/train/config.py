@@ -17,6 +17,7 @@ Schedule = Literal["cosine", "linear", "constant", "flat_cosine"]
 Loss = Literal["softmax", "sigmoid"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Strategy = Literal["ddp", "fsdp"]
+CropBy = Literal["area", "side"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,7 @@ class TrainConfig:
     num_images: int | None = None  # of the data that the recipe is for: what a dry run without data counts with
     holdout: float = 0.1  # share of each class to validate on, where the data has no division of its own
     min_crop_area: float = 0.05  # Inception crop: share of the image, at least; 1: no crop, as in evaluation
+    crop_by: CropBy = "area"  # what is drawn uniformly: area and aspect (torchvision), or the height (TensorFlow)
     flip_rate: float = 0.5
     rand_augment: tuple[int, int] | None = None  # (layers, magnitude 0–30)
     auto_augment: bool = False
@@ -94,10 +96,10 @@ class TrainConfig:
     log_every: int = 20  # steps
     eval_every: int | None = None  # steps; None: ten times a run
     save_every: int | None = None  # steps; None: as `eval_every`
-    workers: int | None = None  # processes that read images; None: one a core, half of the cores where the model needs them too
+    workers: int | None = None  # processes that read images; None: as many as cores, on a CPU half
 
     def __post_init__(self) -> None:
-        for name in ("method", "loss", "optimizer", "schedule", "precision", "strategy", "distillation"):
+        for name in ("method", "loss", "optimizer", "schedule", "precision", "strategy", "distillation", "crop_by"):
             known = get_args(get_type_hints(TrainConfig)[name])
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} is "{getattr(self, name)}". Known: {", ".join(known)}.')

@@ -29,8 +29,9 @@ def new_head(
     """A copy of a model that tells other classes apart.
 
     Where no class is among the old ones, the whole head is new: of a ViT one linear layer of zeros, in place of any
-    `pre_logits` too; of a Perceiver a decoder with its query, drawn at random. Where some are, their rows are copied
-    and the layers before them stay, without which the rows mean nothing; the other rows are zeros.
+    `pre_logits` too; of a Perceiver a decoder with its query, drawn at random but for the last layer, zeros. Where some
+    are, their rows are copied, and the layers before them stay, without which the rows mean nothing; the other rows
+    are zeros.
 
     Args:
         model: left as it is.
@@ -51,7 +52,7 @@ def new_head(
         raise ValueError("labels is empty; a head tells one class or more.")
     if isinstance(model, ImagePerceiver) and (dropout_rate or drop_path_rate):
         raise ValueError(
-            f"dropout_rate is {dropout_rate} and drop_path_rate {drop_path_rate}; a Perceiver has neither. Set them to 0."
+            f"dropout_rate is {dropout_rate} and drop_path_rate {drop_path_rate}; a Perceiver has neither, so set 0."
         )
     num_classes = model.config.num_classes
     if old_labels is not None and len(old_labels) != num_classes:
@@ -82,9 +83,7 @@ def new_head(
         for head in heads:
             state |= _rows(state, head, rows, config.feature_dim, bias)
     else:
-        config = replace(
-            model.config, num_classes=len(labels), image_size=image_size or model.config.image_size
-        )
+        config = replace(model.config, num_classes=len(labels), image_size=image_size or model.config.image_size)
         if config.front_end == "conv1x1":
             state["front_end.positions.table"] = model.front_end.positions(config.image_size).detach().clone()
         if not reused:

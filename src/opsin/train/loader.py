@@ -141,9 +141,18 @@ def eval_batches(rows: np.ndarray, batch_size: int) -> list[list[int]]:
     return [rows[start : start + batch_size].tolist() for start in range(0, len(rows), batch_size)]
 
 
-def normaliser(preprocess: PreprocessConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Pixels 0..255 (B, 3, H, W) of any type → float32 in the range that the model takes, on the device."""
-    factor = 1.0 if preprocess.rescale_factor is None else preprocess.rescale_factor
-    mean = torch.tensor(preprocess.mean or (0.0, 0.0, 0.0), device=device).view(3, 1, 1)
-    std = torch.tensor(preprocess.std or (1.0, 1.0, 1.0), device=device).view(3, 1, 1)
-    return lambda pixels: (pixels.to(device, non_blocking=True).float() * factor - mean) / std
+class Normalise:
+    """Pixels 0..255 (B, 3, H, W) of any type → float32 in the range that a model takes, on the device."""
+
+    def __init__(self, preprocess: PreprocessConfig, device: torch.device) -> None:
+        self.device = device
+        self.factor = 1.0 if preprocess.rescale_factor is None else preprocess.rescale_factor
+        self.mean = torch.tensor(preprocess.mean or (0.0, 0.0, 0.0), device=device).view(3, 1, 1)
+        self.std = torch.tensor(preprocess.std or (1.0, 1.0, 1.0), device=device).view(3, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(self.device, non_blocking=True).float() * self.factor - self.mean) / self.std
+
+    def inverse(self, pixels: Tensor) -> Tensor:
+        """Back to 0..255, as floats."""
+        return (pixels * self.std + self.mean) / self.factor

@@ -28,7 +28,7 @@ from opsin.models.vit import ViT
 from opsin.preprocess import PreprocessConfig
 from opsin.train.augment import Augment, drop_tokens, erase, mix, soft_targets
 from opsin.train.config import TrainConfig
-from opsin.train.loader import Bad, Batch, EvalSet, Plan, TrainSet, eval_batches, loader, normaliser
+from opsin.train.loader import Bad, Batch, EvalSet, Normalise, Plan, TrainSet, eval_batches, loader
 from opsin.train.optim import EMA, lr_factor, make_optimizer, set_lr
 from opsin.train.process import Process, synchronising
 from opsin.train.state import StateFolder, restore, restore_optimizer
@@ -88,10 +88,10 @@ class Training:
         share, left = divmod(c.batch_size, process.world)
         self.micro_batch_size = min(c.micro_batch_size or share, share)
         if left or share % self.micro_batch_size:
+            unit = process.world * self.micro_batch_size
             raise TrainError(
                 f"batch_size {c.batch_size} is not a multiple of {process.world} processes × micro_batch_size "
-                f"{self.micro_batch_size}. Nearest that is: "
-                f"{max(round(c.batch_size / (process.world * self.micro_batch_size)), 1) * process.world * self.micro_batch_size}."
+                f"{self.micro_batch_size}. Nearest that is: {max(round(c.batch_size / unit), 1) * unit}."
             )
         self.accumulation = share // self.micro_batch_size
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -107,7 +107,7 @@ class Training:
         self.optimizers = make_optimizer(self.model, c)
         self.ema = EMA(self.model, c.ema_decay) if c.ema_decay else None
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=c.precision == "fp16")
-        self.normalise = normaliser(self.preprocess, process.device)
+        self.normalise = Normalise(self.preprocess, process.device)
         self.progress = Progress()
         weights = np.ones(len(self.samples.labels))
         if c.class_weights:
@@ -131,13 +131,16 @@ class Training:
         while progress.step < self.steps:
             factor = lr_factor(progress.step, self.steps, c)
             set_lr(self.optimizers, factor)
-            self.wrapped.train()
+            self._train_mode()
             found: list[Bad] = []
             for micro in range(self.accumulation):
                 batch = next(batches)
                 found += batch.bad
                 # checkpointed layers are computed again in the backward pass: in the same arithmetic
-                with synchronising(self.wrapped, micro == self.accumulation - 1), arithmetic(self.process.device, "fp32"):
+                with (
+                    synchronising(self.wrapped, micro == self.accumulation - 1),
+                    arithmetic(self.process.device, "fp32"),
+                ):
                     loss = self._loss(batch, micro)
                     self.scaler.scale(loss * (self.process.world / c.batch_size)).backward()
                 progress.loss_sum = progress.loss_sum + loss.detach()  # a tensor until somebody wants to know
@@ -161,6 +164,13 @@ class Training:
                 break
         self.states.wait()
         return progress.step == self.steps
+
+    def _train_mode(self) -> None:
+        """Dropout and stochastic depth on; batch norms that are frozen keep the statistics they were trained with."""
+        self.wrapped.train()
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
 
     def _batches(self) -> Iterator[Batch]:
         c = self.config
@@ -199,7 +209,6 @@ class Training:
             raw = torch.zeros(1, 3, *size, dtype=torch.uint8)
             targets = targets.new_zeros(1, *targets.shape[1:])
         raw = raw.to(process.device, non_blocking=True)
-        teacher_logits = self.teacher(raw) if self.teacher else None
         pixels = self.normalise(raw)
         # a sigmoid has nothing to be smoothed towards
         smoothing = c.label_smoothing if c.loss == "softmax" else 0.0
@@ -208,6 +217,7 @@ class Training:
             pixels, targets = mix(pixels, targets, mixup=c.mixup, cutmix=c.cutmix, generator=generator)
         if c.erase_rate:
             pixels = erase(pixels, c.erase_rate, generator=generator)
+        teacher_logits = self.teacher(self.normalise.inverse(pixels)) if self.teacher else None  # sees what it teaches
         with arithmetic(process.device, c.precision):
             logits, distilled = self.wrapped(pixels, keep, generator)
         losses = self._classification_loss(logits.float(), targets)
@@ -217,7 +227,7 @@ class Training:
         return losses.sum() * bool(len(batch.targets))
 
     def _classification_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """(B,): cross-entropy, or the sum over the classes of the sigmoids' (Dosovitskiy et al.'s ImageNet-21k runs)."""
+        """(B,): cross-entropy, or the sum of the classes' binary ones (the ViT release's ImageNet-21k runs)."""
         if self.config.loss == "sigmoid":
             parts = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
             return (parts * self.class_weights).sum(dim=1)
@@ -302,14 +312,12 @@ class Training:
 
     @torch.no_grad()
     def score(self) -> dict[str, Any]:
-        """Loss, top-1 and top-5 on the held-out images; of several labels an image, how often the best is one of its."""
+        """Loss, top-1 and top-5 on the held-out images; of several labels an image, any counts as a hit."""
         process = self.process
         own = self.val_rows[process.rank :: process.world]
         batch_size = min(self.micro_batch_size, 256)
         dataset = EvalSet(self.samples, self.preprocess)
-        batches = iter(
-            loader(dataset, self.samples, eval_batches(own, batch_size), workers=self.workers, pin=False)
-        )
+        batches = iter(loader(dataset, self.samples, eval_batches(own, batch_size), workers=self.workers, pin=False))
         self.student.eval()
         sums = torch.zeros(4, dtype=torch.float64)
         # under FSDP the forward pass is done together, so each process does it as often as the first
@@ -360,7 +368,7 @@ class Training:
 
 
 class _Student(nn.Module):
-    """A model's forward pass while it is trained: logits for the labels and, where there are two heads, the teacher's."""
+    """A model's forward pass: logits for the labels; while it is trained, those for the teacher beside them."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()

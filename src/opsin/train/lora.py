@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu et al. 2021): the body stays frozen, and small products are learned beside its matrices.
 
-Not by `peft`, which brings transformers and accelerate, and saves adapters apart from the head that was trained with
-them (huggingface/peft#2099 has a head lost in merging). Here `merge` gives a plain model under its plain names, head
+Not by `peft`, which brings transformers and accelerate, and keeps the trained head beside the adapters, where merging
+can leave it behind (huggingface/trl#297). Here `merge` gives a plain model under its plain names, head
 included. Nor by `torch.nn.utils.parametrize`, which is shorter: it forms W + BA in each step, whose gradient costs as
 much as that of the whole matrix, a third of the step that LoRA is there to save.
 """
@@ -28,9 +28,8 @@ class LowRank(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
         self.base, self.scale = base, alpha / rank
-        like = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.a = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        self.a = nn.Parameter(base.weight.new_empty(rank, base.in_features))
+        self.b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ def add_lora(
         alpha: the product counts α/r times, so that the learning rate need not change with the rank.
         targets: which matrices. For one number of parameters, all four of the attention are at least as good as
             queries and values alone (Hu et al. 2021, Table 5); where data is plenty, the MLP's should be adapted too
-            (Dettmers et al. 2023, Figure 2; Biderman et al. 2024, §4).
+            (Dettmers et al. 2023, Figure 2; Biderman et al. 2024).
     Returns:
         How many parameters are left to train.
     Raises:

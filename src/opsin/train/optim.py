@@ -69,7 +69,8 @@ def _is_decayed(name: str, config: TrainConfig) -> bool:
         return config.decay_all or config.decay_positions
     if leaf == "bias" or leaf in LAYER_SCALES or in_norm:
         return config.decay_all
-    assert leaf == "weight", f'parameter "{name}" is of no known kind; say in optim.py whether it is decayed'
+    # "a" and "b": the factors of LoRA's matrices
+    assert leaf in ("weight", "a", "b"), f'parameter "{name}" is of no known kind; say in optim.py whether it is decayed'
     return True
 
 

@@ -49,8 +49,9 @@ def cost(model: nn.Module, config: TrainConfig, *, steps: int, image_size: tuple
 
 def forward_flops(model: nn.Module, image_size: tuple[int, int]) -> float:
     """Of one image; a multiplication and an addition are two."""
+    twin = _without_memory(model).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _without_memory(model)(torch.empty(1, 3, *image_size, device="meta"))
+        twin(torch.empty(1, 3, *image_size, device="meta"))
     return float(counter.get_total_flops())
 
 

@@ -1,15 +1,15 @@
 """A run, whole: data and a config in, a folder out that is a model and says how it came to be.
 
-    runs/1/
-      config.json, model.safetensors, …   the best model by held-out accuracy: `--model runs/1`
-      last/                               the last one, the same way
-      train.json                          the config and the data, what `--resume` goes on with
-      environment.json                    versions, hardware, command
-      held_out.txt                        the images that it was measured on, a name a line
-      metrics.jsonl, curves.png           each logged step
-      evaluation.json, .md, confusion.png, reliability.png     the best model on the held-out images
-      bad_images.jsonl                    images that could not be read
-      state/                              where the run stands; tensorboard/
+runs/1/
+  config.json, model.safetensors, …   the best model by held-out accuracy: `--model runs/1`
+  last/                               the last one, the same way
+  train.json                          the config and the data, what `--resume` goes on with
+  environment.json                    versions, hardware, command
+  held_out.txt                        the images that it was measured on, a name a line
+  metrics.jsonl, curves.png           each logged step
+  evaluation.json, .md, confusion.png, reliability.png     the best model on the held-out images
+  bad_images.jsonl                    images that could not be read
+  state/                              where the run stands; tensorboard/
 """
 
 import copy
@@ -32,11 +32,12 @@ from opsin import __version__, checkpoints, evaluate, plots
 from opsin.checkpoints import files
 from opsin.data import open_samples
 from opsin.data.samples import Samples, split
+from opsin.device import has_bf16
 from opsin.errors import CheckpointError, MissingExtra, TrainError
 from opsin.labels import Labels
 from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.position import sincos_2d
-from opsin.models.vit import ViT, ViTConfig
+from opsin.models.vit import ViT
 from opsin.pipeline import load
 from opsin.preprocess import PreprocessConfig
 from opsin.results import json_line
@@ -46,8 +47,8 @@ from opsin.train.augment import augment_of
 from opsin.train.config import TrainConfig
 from opsin.train.heads import new_head, preprocess_for
 from opsin.train.loader import Bad
-from opsin.train.lora import add_lora, merge
 from opsin.train.loop import Model, Progress, Training, averaged
+from opsin.train.lora import add_lora, merge
 from opsin.train.plan import Cost, cost, forward_flops, peak_flops
 from opsin.train.process import Process
 from opsin.train.state import StateFolder
@@ -117,6 +118,9 @@ def go(
         TrainError, DataError, ModelError: what is wrong.
     """
     config, data = read(out)
+    if config.precision == "bf16" and process.device.type == "cpu" and not has_bf16():
+        log.warning("this CPU computes bf16 slower than fp32 (it has no AVX512-BF16 and no AMX): training in fp32.")
+        config = replace(config, precision="fp32")
     samples = open_samples(data)
     rows, val_rows = split(samples, config.holdout)
     _check_identity(out, samples, process)
@@ -136,18 +140,19 @@ def go(
         return _probe(out, config, samples, rows, val_rows, process, facts, cache, on_start, on_metrics, on_images)
 
     model, preprocess, reused = build(config, samples.labels)
-    training_model: Model = add_lora(model, config.lora_rank, config.lora_alpha) if config.method == "lora" else model
     image_size = preprocess.image_size
+    facts["flops_per_image"] = 3 * forward_flops(model, image_size)
+    if config.method == "lora":
+        add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha)
     steps = num_steps(config, len(rows))
     metrics = Metrics(out, on_metrics) if process.is_main else None
 
     def write_best(progress: Progress) -> None:
-        _write_training(out, training_model, preprocess, samples.labels, process)
+        _write_training(out, model, preprocess, samples.labels, process)
 
-    training_model.to(process.device)
-    facts["flops_per_image"] = 3 * forward_flops(model, image_size)
+    model.to(process.device)
     training = Training(
-        model=training_model,
+        model=model,
         config=config,
         samples=samples,
         rows=rows,
@@ -169,13 +174,13 @@ def go(
     training.restore()
     if metrics:
         metrics.forget_after(training.progress.step)
-        params = sum(p.numel() for p in training_model.parameters() if p.requires_grad)
+        params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         on_start(facts | {"steps": steps, "step": training.progress.step, "trained_params": params, "reused": reused})
     finished = training.run()
-    with averaged(training_model, training.ema):
-        _write_training(out / "last", training_model, preprocess, samples.labels, process)
+    with averaged(model, training.ema):
+        _write_training(out / "last", model, preprocess, samples.labels, process)
         if not len(val_rows):
-            _write_training(out, training_model, preprocess, samples.labels, process)
+            _write_training(out, model, preprocess, samples.labels, process)
     summary = Summary(out, finished, None, None, len(training.progress.bad))
     if process.is_main:
         assert metrics
@@ -286,9 +291,7 @@ def _checkpoint_gradients(model: Model, config: TrainConfig) -> None:
 # ── models, written ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _write_training(
-    folder: Path, model: Model, preprocess: PreprocessConfig, labels: Labels, process: Process
-) -> None:
+def _write_training(folder: Path, model: Model, preprocess: PreprocessConfig, labels: Labels, process: Process) -> None:
     """The model as it stands, whole, from however many shards; written by the main process."""
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         state = {
@@ -300,7 +303,9 @@ def _write_training(
             plain.load_state_dict(state)
             checkpoints.write_portable(folder, plain, preprocess, labels)
     elif process.is_main:
-        checkpoints.write_portable(folder, merge(copy.deepcopy(model)).cpu(), preprocess, labels)
+        plain = copy.deepcopy(model).cpu()
+        merge(plain)
+        checkpoints.write_portable(folder, plain, preprocess, labels)
 
 
 def _judge(
@@ -344,9 +349,13 @@ def _probe(
     metrics = Metrics(out, on_metrics)
     body_config = replace(config, method="finetune", steps=1, epochs=None)
     model, preprocess, _ = build(body_config, samples.labels)
-    checkpoints.write_portable(out / "last", model, preprocess, samples.labels)  # the body, under a head that is yet to be found
+    checkpoints.write_portable(
+        out / "last", model, preprocess, samples.labels
+    )  # the body, under a head that is yet to be found
     classifier = load(out / "last", device=str(process.device))
-    on_start(facts | {"steps": config.steps, "step": 0, "trained_params": sum(p.numel() for p in _head(model).parameters())})
+    on_start(
+        facts | {"steps": config.steps, "step": 0, "trained_params": sum(p.numel() for p in _head(model).parameters())}
+    )
     features = probe.extract(
         classifier, samples, rows, cache=cache, batch_size=min(config.batch_size, 256), on_batch=on_images
     )

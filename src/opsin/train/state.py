@@ -8,6 +8,7 @@ could run any code (torch 2.13, `filesystem.py` and `default_planner.py`), and f
 What it would add is going on with another number of processes.
 """
 
+import contextlib
 import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,10 +73,8 @@ class StateFolder:
         # a process may be one state behind the others, so the last that all have is among the newest three
         for old in self._steps()[: -1 if self.world == 1 else -3]:
             self._path(old).unlink(missing_ok=True)
-            try:
+            with contextlib.suppress(OSError):  # others still have theirs in it
                 self._path(old).parent.rmdir()
-            except OSError:
-                pass  # others still have theirs in it
 
     def _steps(self) -> list[int]:
         found = self.folder.glob(f"step-*/rank-{self.rank}.pt")

@@ -1,4 +1,4 @@
-"""A trained classifier that a student learns from: the same pictures, in its own size and range (Touvron et al. 2021)."""
+"""A trained classifier that a student learns from: the same pictures, in its own size and range."""
 
 import torch
 import torch.nn.functional as F
@@ -7,11 +7,11 @@ from torch import Tensor
 from opsin import checkpoints
 from opsin.errors import TrainError
 from opsin.labels import Labels, match
-from opsin.train.loader import normaliser
+from opsin.train.loader import Normalise
 
 
 class Teacher:
-    """Pixels 0..255 (B, 3, H, W) → logits (B, K) of the student's classes.
+    """Pixels 0..255 (B, 3, H, W) → logits (B, K) of the student's classes (Touvron et al. 2021, §4).
 
     Args:
         name: what `opsin.load` takes.
@@ -24,7 +24,9 @@ class Teacher:
     def __init__(self, name: str, labels: Labels, device: torch.device) -> None:
         checkpoint = checkpoints.read(name)
         if checkpoint.labels is None or checkpoint.preprocess is None:
-            raise TrainError(f"{name} has no classes to teach. Take a fine-tuned checkpoint: `opsin models` lists some.")
+            raise TrainError(
+                f"{name} has no classes to teach. Take a fine-tuned checkpoint: `opsin models` lists some."
+            )
         indices = match(labels, checkpoint.labels)
         unknown = [labels.name(i) for i, index in enumerate(indices) if index is None]
         if unknown:
@@ -34,12 +36,11 @@ class Teacher:
             )
         self.model = checkpoint.model.to(device).eval()
         self.image_size = checkpoint.preprocess.image_size
-        self.normalise = normaliser(checkpoint.preprocess, device)
+        self.normalise = Normalise(checkpoint.preprocess, device)
         self.indices = torch.tensor(indices, device=device)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.float()
         if pixels.shape[-2:] != self.image_size:
             pixels = F.interpolate(pixels, self.image_size, mode="bilinear", antialias=True, align_corners=False)
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=pixels.device.type == "cuda"):
