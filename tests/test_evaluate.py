@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -660,11 +660,3 @@ def test_a_failed_report_leaves_the_older_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
     assert (tmp_path / "evaluation.json").read_text() == "yesterday"
-
-
-PUBLIC: list[Callable[..., object]] = [predict, metrics, fit_temperature, knn, agreement, report, align]
-
-
-@pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__name__)
-def test_every_function_says_what_it_does(function: Callable[..., object]) -> None:
-    assert function.__doc__

@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from opsin import plots
 from opsin.checkpoints.files import replacing
 from opsin.data.samples import Samples, relabel
 from opsin.errors import DataError, ImageError, ImageTooLarge, MissingExtra
 from opsin.labels import Labels, match
+from opsin.models.perceiver_io import ImagePerceiver
 from opsin.pipeline import Classifier
 from opsin.plots import Bin
 from opsin.preprocess import decode
@@ -494,6 +496,16 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray, multi_label: bool =
     return math.exp(-x)
 
 
+@torch.no_grad()
+def calibrate(model: nn.Module, temperature: float) -> None:
+    """Divide a classifier's logits by a temperature, in the weights of its heads, so that it is in every form of it."""
+    heads = [model.decoder.out] if isinstance(model, ImagePerceiver) else [model.head, model.head_dist]
+    for head in heads:
+        if isinstance(head, nn.Linear):
+            head.weight.div_(temperature)
+            head.bias.div_(temperature)
+
+
 # ── nearest neighbours ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -788,7 +800,7 @@ def report(
     if against is not None:
         data["agreement"] = dict(against)
     _write(folder / "evaluation.json", _json(data))
-    _write(folder / "evaluation.md", _markdown(facts, result, predictions, against, max_classes))
+    _write(folder / "evaluation.md", markdown(facts, result, predictions, against, max_classes))
     errors = (
         json_line({"key": bad.key, "error": {"type": bad.kind, "message": bad.message}}) for bad in predictions.errors
     )
@@ -814,13 +826,14 @@ def report(
     return written
 
 
-def _markdown(
+def markdown(
     facts: Mapping[str, Any],
     result: Metrics,
     predictions: Predictions,
-    against: Mapping[str, Any] | None,
-    max_classes: int | None,
+    against: Mapping[str, Any] | None = None,
+    max_classes: int | None = LISTED_CLASSES,
 ) -> str:
+    """What `report` writes into evaluation.md; its arguments are that function's."""
     lines = ["# Evaluation", ""]
     simple = {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
     for name, value in simple.items():

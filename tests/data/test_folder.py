@@ -97,8 +97,8 @@ def test_classes_of_the_splits_have_to_agree(tmp_path: Path, fill: Fill) -> None
 def test_an_empty_set_says_what_was_looked_for(tmp_path: Path, fill: Fill) -> None:
     fill(tmp_path, "1.png", "2.png")
     (tmp_path / "cats").mkdir()
-    with pytest.raises(DataError, match=r"looked for class folders with images, as cat/1\.jpg, .* 2 images beside no class folder; "
-                                        r"the folders are cats\. Sort"):  # fmt: skip
+    looked = r"looked for class folders with images, as cat/1\.jpg, .* There are 2 images beside no class folder"
+    with pytest.raises(DataError, match=rf"{looked}; the folders are cats\. Sort the images"):
         open_samples(str(tmp_path))
     (tmp_path / "labels.csv").write_text("path,label\n1.png,a\n")
     with pytest.raises(DataError, match="It holds labels.csv: if that names the images, give its path"):

@@ -51,6 +51,13 @@ def test_a_shuffled_set_without_splits(tmp_path: Path, datasets: Any, picture: P
     assert [found.source(i) for i in range(3)] == [picture(4), picture(1), picture(3)]
 
 
+def test_a_shuffled_set_in_memory(datasets: Any, picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = rows(datasets, picture, range(6)).select([4, 1, 3])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: chosen)
+    found = open_samples("me/photos")
+    assert (found.targets.tolist(), found.source(2)) == ([1, 1, 0], picture(3))
+
+
 def test_load_dataset(tmp_path: Path, datasets: Any, picture: Picture) -> None:
     (tmp_path / "me").mkdir()
     rows(datasets, picture, range(4)).to_parquet(tmp_path / "me" / "train-00000-of-00001.parquet")

@@ -186,6 +186,21 @@ def test_a_size_past_the_end_is_seen_before_anything_is_read(tmp_path: Path) -> 
         open_samples(str(tmp_path / "0.tar"))
 
 
+def test_sparse_members_are_left_out(tmp_path: Path, picture: Picture) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT) as file:
+        for name, data, kind in (
+            ("1.png", picture(1), tarfile.GNUTYPE_SPARSE),  # its bytes are not the file's
+            ("1.cls", b"0", tarfile.REGTYPE),
+            ("2.png", picture(2), tarfile.REGTYPE),
+            ("2.cls", b"0", tarfile.REGTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(data), kind
+            file.addfile(info, io.BytesIO(data))
+    found = open_samples(str(tmp_path / "0.tar"))
+    assert len(found) == 1 and found.source(0) == picture(2)
+
+
 def test_links_are_not_followed(tmp_path: Path, picture: Picture) -> None:
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as file:
@@ -402,6 +417,16 @@ def test_ilsvrc_with_an_unpacked_devkit_or_kaggles_table(ilsvrc: Path) -> None:
         rows = [(f"ILSVRC2012_val_{i:08}", f"{SYNSETS[i]} 1 2 3 4 {SYNSETS[i]} 5 6 7 8") for i in (1, 2, 3)]
         csv.writer(file).writerows([("ImageId", "PredictionString"), *rows])
     assert open_samples(str(ilsvrc)).targets.tolist() == whole
+
+
+def test_a_synset_without_an_end_does_not_run_into_the_next(ilsvrc: Path, picture: Picture) -> None:
+    inner = {}
+    for k, wnid in enumerate(("n01443537", "n02123045")):
+        whole = packed(io.BytesIO(), {f"{wnid}_{i}.JPEG": picture(10 * k + i) for i in range(2)})
+        inner[f"{wnid}.tar"] = whole.getvalue()[: 4 * 512]  # type: ignore[union-attr]
+    packed(ilsvrc / tar.TRAIN_TAR, inner)
+    found = open_samples(str(ilsvrc), split="train")
+    assert [found.source(i) for i in range(4)] == [picture(i) for i in (0, 1, 10, 11)]
 
 
 def test_ilsvrc_that_is_not_whole(ilsvrc: Path, picture: Picture) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from opsin.data import open_samples
-from opsin.data.tiny_imagenet import read_shards
 from opsin.errors import DataError
 from opsin.labels import Labels
 from opsin.preprocess import decode
@@ -72,8 +71,3 @@ def test_the_shared_shards(shared: Path) -> None:
     assert np.bincount(found.targets).tolist() == [500] * 200
     assert decode(found.source(99_999)).size == (64, 64)
     assert len({found.key(i) for i in range(0, 100_000, 7)}) == 14_286
-
-
-def test_no_shards(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no tiny-imagenet-200-train-shard\*\.zip"):
-        read_shards(tmp_path)

@@ -25,7 +25,6 @@ from opsin.train.augment import (
     mix,
     rand_augment,
     random_crop,
-    random_resized_crop,
     soft_targets,
 )
 from opsin.train.config import TrainConfig
@@ -633,24 +632,3 @@ def test_kept_tokens_are_distinct_tokens_of_their_own_image(keep: int, seed: int
     for image, row in enumerate(kept[:, :, 0]):
         assert len(set(row.tolist())) == len(row)
         assert ((row >= image * 11) & (row < image * 11 + 11)).all()
-
-
-def test_crop_of_a_batch_is_a_box_of_the_image_and_half_are_flipped() -> None:
-    """On a picture of its own coordinates every crop shows a rectangle: rows share y, columns share x."""
-    side = 64
-    y, x = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
-    coordinates = torch.stack([x, y, x * 0]).expand(200, -1, -1, -1)
-    crops = random_resized_crop(coordinates, 16, min_area=0.25, generator=generator(0))
-    assert crops.shape == (200, 3, 16, 16)
-    assert crops.min() >= 0
-    assert crops.max() <= side - 1
-    xs, ys = crops[:, 0], crops[:, 1]
-    assert torch.allclose(xs, xs[:, :1].expand_as(xs), atol=1e-3)
-    assert torch.allclose(ys, ys[:, :, :1].expand_as(ys), atol=1e-3)
-    width, height = (xs[:, 0, -1] - xs[:, 0, 0]) / 15 * 16 / side, (ys[:, -1, 0] - ys[:, 0, 0]) / 15 * 16 / side
-    assert 70 < int((width < 0).sum()) < 130
-    area = width.abs() * height
-    assert area.min() > 0.2
-    assert area.max() <= 1.01
-    again = random_resized_crop(coordinates, 16, min_area=0.25, generator=generator(0))
-    assert torch.equal(crops, again)

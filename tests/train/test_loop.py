@@ -126,7 +126,7 @@ def test_gradient_checkpointing_changes_nothing(training: Make) -> None:
     plain = training("plain", model=shape)
     saving = training("saving", model=shape)
     assert equal(weights(plain), weights(saving))
-    saving.model.gradient_checkpointing = True  # type: ignore[union-attr]
+    saving.model.gradient_checkpointing = True
     plain.run()
     saving.run()
     assert losses(plain) == losses(saving)
@@ -183,7 +183,7 @@ def test_unreadable_images_are_counted_once_named_and_skipped(training: Make, sa
 def test_no_finite_loss_is_an_error(training: Make) -> None:
     run = training()
     with torch.no_grad():
-        run.model.head.bias.fill_(float("nan"))  # type: ignore[union-attr]
+        run.model.head.bias.fill_(float("nan"))  # type: ignore[union-attr, operator]
     with pytest.raises(TrainError, match=r"the loss is nan at step 1. Lower --lr \(0.003\)"):
         run.run()
 

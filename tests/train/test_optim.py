@@ -18,7 +18,8 @@ from opsin.errors import TrainError
 from opsin.models.perceiver_io import FrontEnd, ImagePerceiver, ImagePerceiverConfig
 from opsin.models.vit import ViT, ViTConfig
 from opsin.train.config import OptimizerName, TrainConfig
-from opsin.train.optim import EMA, SGD, Lamb, lr_factor, make_optimizer, param_groups, set_lr
+from opsin.train.lora import add_lora
+from opsin.train.optim import EMA, SGD, Lamb, lr_factor, make_optimizer, param_groups, set_lr, warmup_cosine
 
 SMALL = ViTConfig(image_size=(12, 20), patch_size=4, embed_dim=14, num_layers=3, num_heads=2, mlp_dim=22, num_classes=5)
 EVERYTHING = replace(  # every parameter that a ViT can have
@@ -294,6 +295,15 @@ def test_frozen_parameters_have_no_group() -> None:
     assert rows["layers.1.attn.q.weight"] == (0.25, 0.3)  # still the second of three
 
 
+def test_factors_of_lora_are_matrices_of_their_layer() -> None:
+    model = ViT(SMALL)
+    add_lora(model, rank=2, targets=("v", "fc1"))
+    rows = table(model, replace(CONFIG, layer_decay=0.5))
+    factors = {f"layers.{i}.{part}.{leaf}" for i in range(3) for part in ("attn.v", "mlp.fc1") for leaf in "ab"}
+    assert rows.keys() == factors | {"head.weight", "head.bias"}
+    assert rows["layers.2.attn.v.a"] == rows["layers.2.mlp.fc1.b"] == (0.5, 0.3)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("neck", '"neck" is neither in front of the layers'), ("decoder.gate", '"decoder.gate" is of no known kind')],
@@ -482,6 +492,13 @@ def test_after_the_end_the_rate_stays_and_a_long_warmup_is_cut() -> None:
     assert lr_factor(150, 103, replace(CONFIG, end_lr=0.005)) == 0.25
     assert factors(4, warmup_steps=8) == [0, 0.125, 0.25, 0.375, 0.5]
     assert factors(8, schedule="flat_cosine", flat_share=0.25, warmup_steps=4)[:5] == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_the_examples_schedule_wastes_no_step() -> None:
+    got = [warmup_cosine(step, steps=100, warmup_steps=10) for step in range(101)]
+    assert got[0] == 0.1
+    assert got[9] == got[10] == 1.0
+    assert got[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * t / 90)) for t in range(91)])
 
 
 def test_set_lr_keeps_the_groups_ratios() -> None:

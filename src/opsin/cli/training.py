@@ -317,12 +317,14 @@ def dry(config: "TrainConfig", data: list[str], device: str) -> None:
         raise click.UsageError("no data, and the recipe does not say how many images it is for: name a folder.")
     cost = runs.estimate(config, labels, num_images, world)
     peak = peak_flops(find_device(device), config.precision)
+    hours_here = cost.flops / (0.4 * peak * world) / 3600 if peak else None
+    h100_hours = cost.flops / (0.4 * 989e12) / 3600
     plan = {
-        "images": num_images,
+        "training_images": num_images,
         "classes": len(labels),
         **cost.to_dict(),
-        "hours_here_at_40_percent": cost.flops / (0.4 * peak * world) / 3600 if peak else None,
-        "h100_hours_at_40_percent": cost.flops / (0.4 * 989e12) / 3600,
+        "hours_here_at_40_percent": hours_here,
+        "h100_hours_at_40_percent": h100_hours,
     }
     if not sys.stdout.isatty():
         print(json.dumps(plan | {"config": to_dict(config)}), flush=True)
@@ -335,10 +337,8 @@ def dry(config: "TrainConfig", data: list[str], device: str) -> None:
         "operations": f"{cost.flops:.3g} FLOP",
         "memory": f"{cost.weight_bytes / 1e9:.2f} GB of weights and optimiser, "
         f"about {cost.activation_bytes / 1e9:.2f} GB of activations",
-        "time here": span(plan["hours_here_at_40_percent"] * 3600) + ", if 40 % of the peak is reached"
-        if peak
-        else "–",
-        "H100": f"{plan['h100_hours_at_40_percent']:,.1f} device-hours, at 40 % of its peak",
+        "time here": f"{span(hours_here * 3600)}, at 40 % of the peak" if hours_here else "–",
+        "H100": f"{h100_hours:,.1f} device-hours, at 40 % of its peak",
     }
     for name, value in rows.items():
         click.echo(f"{name:12} {value}")

@@ -35,7 +35,7 @@ def open_dataset(name: str, split: str | None = None) -> "HubDataset":
         MissingExtra: the `datasets` library is not installed.
     """
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
     except ImportError as error:
         raise MissingExtra("datasets", "datasets") from error
     try:

@@ -103,9 +103,6 @@ class Strings:
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
-    def take(self, rows: np.ndarray) -> "Strings":
-        return Strings.pack(self[int(row)] for row in rows)
-
 
 class Files(Samples):
     """Images that are files of their own.

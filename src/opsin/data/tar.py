@@ -100,7 +100,7 @@ def _members(path: str, file: IO[bytes], start: int, stop: int) -> Iterator[tupl
             end = tar.offset
         # tarfile takes a damaged header for the end; the true end is zeros, or nothing
         file.seek(end)
-        if any(block := file.read(min(_BLOCK_BYTES, max(stop - end, 0)))) or 0 < len(block) < _BLOCK_BYTES:
+        if any(file.read(min(_BLOCK_BYTES, max(stop - end, 0)))):
             raise tarfile.ReadError(f"the header at byte {end:,} is damaged")
     except _TAR_ERRORS as error:
         file.seek(start)

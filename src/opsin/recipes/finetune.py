@@ -96,6 +96,7 @@ def photos() -> TrainConfig:
     return TrainConfig(
         method="finetune",
         init="opsin/vit-tiny",
+        probe_head=True,
         holdout=0.1,
         min_crop_area=0.35,
         label_smoothing=0.1,
@@ -118,6 +119,7 @@ def lora() -> TrainConfig:
     return TrainConfig(
         method="lora",
         init="opsin/vit-tiny",
+        probe_head=True,
         holdout=0.1,
         min_crop_area=0.35,
         label_smoothing=0.1,

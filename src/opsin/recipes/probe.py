@@ -24,9 +24,9 @@ from opsin.train.config import TrainConfig
 
 
 def linear_probe() -> TrainConfig:
-    return TrainConfig(method="probe", init="opsin/vit-tiny", holdout=0.1, batch_size=256)
+    return TrainConfig(method="probe", init="opsin/vit-tiny", holdout=0.1, batch_size=256, lr=1.0)
 
 
 def few_shot() -> TrainConfig:
     """Of as many images a class as the data have; the paper's are 5 and 10."""
-    return TrainConfig(method="fewshot", init="opsin/vit-tiny", holdout=0.1, batch_size=256)
+    return TrainConfig(method="fewshot", init="opsin/vit-tiny", holdout=0.1, batch_size=256, lr=1.0)

@@ -40,6 +40,7 @@ class TrainConfig:
     preprocess: PreprocessConfig | None = None  # of evaluation and of the trained model; None: that of `init`
     image_size: int | None = None  # pixels; None: the model's
     sincos_positions: bool = False  # learned positions begin as sine and cosine, times 0.1
+    probe_head: bool = False  # begin with the head that a linear probe finds (Kumar et al. 2022, LP-FT), not with zeros
     head_bias: float = 0.0  # of a new head; −10 makes 21,843 sigmoids begin near zero
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0  # stochastic depth of the last layer; grows linearly from 0
@@ -107,7 +108,7 @@ class TrainConfig:
             raise ValueError("neither init nor model is set: name a checkpoint, or give the shape of a new model.")
         if (self.epochs is None) == (self.steps is None) and self.method in ("pretrain", "finetune", "lora"):
             raise ValueError(f"epochs is {self.epochs} and steps is {self.steps}; give one of them.")
-        positive = ("batch_size", "log_every", "lora_rank", "epochs", "steps", "micro_batch_size", "image_size")
+        positive = ("batch_size", "lr", "log_every", "lora_rank", "epochs", "steps", "micro_batch_size", "image_size")
         for name in (*positive, "num_images", "eval_every", "save_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -25,6 +25,7 @@ def new_head(
     image_size: tuple[int, int] | None = None,
     dropout_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    for_features: bool = False,
 ) -> tuple[ViT | ImagePerceiver, int]:
     """A copy of a model that tells other classes apart.
 
@@ -41,6 +42,8 @@ def new_head(
         image_size: (H, W) pixels; None keeps the model's. A learned position table is resized once, by the method
             that the model's config names, so that the new model computes what the old one did at that size.
         dropout_rate, drop_path_rate: of the new model; a Perceiver has neither.
+        for_features: a last linear layer of zeros for the features as they are: nothing is reused, a `pre_logits` is
+            left out, and a Perceiver keeps its decoder, whose query reads the features.
     Returns:
         The new model, fp32, in evaluation mode, on the device of the old one; and how many rows were reused.
     Raises:
@@ -57,7 +60,9 @@ def new_head(
     num_classes = model.config.num_classes
     if old_labels is not None and len(old_labels) != num_classes:
         raise ValueError(f"old_labels has {len(old_labels)} classes, the model's head {num_classes}.")
-    rows: list[int | None] = [None] * len(labels) if old_labels is None else match(labels, old_labels)
+    rows: list[int | None] = [None] * len(labels)
+    if old_labels is not None and not for_features:
+        rows = match(labels, old_labels)
     reused = len(rows) - rows.count(None)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     config: ViTConfig | ImagePerceiverConfig
@@ -86,7 +91,7 @@ def new_head(
         config = replace(model.config, num_classes=len(labels), image_size=image_size or model.config.image_size)
         if config.front_end == "conv1x1":
             state["front_end.positions.table"] = model.front_end.positions(config.image_size).detach().clone()
-        if not reused:
+        if not reused and not for_features:
             decoder = ClassificationDecoder(
                 None,
                 query_dim=config.latent_dim,

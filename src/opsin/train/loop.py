@@ -10,7 +10,7 @@ weights, to the bit on a CPU, as one that was not.
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,7 +45,7 @@ class Progress:
     step: int = 0
     best_top1: float = -1.0
     bad: dict[str, Bad] = field(default_factory=dict)  # by key: an image is bad once, however often it is drawn
-    loss_sum: float = 0.0  # since the last line of metrics, as is the rest
+    loss_sum: float | Tensor = 0.0  # since the last line of metrics, as is the rest; on the device, read when asked for
     loss_count: int = 0
 
 
@@ -143,7 +143,7 @@ class Training:
                 ):
                     loss = self._loss(batch, micro)
                     self.scaler.scale(loss * (self.process.world / c.batch_size)).backward()
-                progress.loss_sum = progress.loss_sum + loss.detach()  # a tensor until somebody wants to know
+                progress.loss_sum = progress.loss_sum + loss.detach()
                 progress.loss_count += len(batch.targets)
             grad_norm = self._update()
             progress.step += 1
@@ -291,15 +291,7 @@ class Training:
             self.progress.bad |= {bad.key: bad for bad in new}
             if self.process.is_main and new:
                 self.on_bad(new)
-        share, bad = self.config.max_bad, self.progress.bad
-        limit = max(0.01 * len(self.rows), 5) if share is None else share * len(self.rows)
-        if len(bad) > limit:
-            last = next(reversed(bad.values()))
-            raise TrainError(
-                f"{len(bad)} of {len(self.rows)} training images could not be read, more than the {limit:.0f} allowed; "
-                f"the last: {last.message} bad_images.jsonl names them, `opsin doctor` finds all. "
-                "Mend or remove them, or allow more: --max-bad 0.1"
-            )
+        check_bad(list(self.progress.bad.values()), len(self.rows), self.config.max_bad)
 
     def _evaluate(self) -> dict[str, Any]:
         """Score the averaged weights, or the weights, on the held-out images; hand on the best so far."""
@@ -365,6 +357,20 @@ class Training:
         bad = {each["key"]: Bad(**each) for each in state["bad"]}
         loss_sum, loss_count = state["loss"]
         self.progress = Progress(state["step"], state["best_top1"], bad, loss_sum.to(self.process.device), loss_count)
+
+
+def check_bad(bad: Sequence[Bad], num_images: int, share: float | None) -> None:
+    """
+    Raises:
+        TrainError: more images are unreadable than may be: a share of them, or without one 1 %, or 5.
+    """
+    limit = max(0.01 * num_images, 5) if share is None else share * num_images
+    if len(bad) > limit:
+        raise TrainError(
+            f"{len(bad)} of {num_images} training images could not be read, more than the {limit:.0f} allowed; "
+            f"the last: {bad[-1].message} bad_images.jsonl names them, `opsin doctor` finds all. "
+            "Mend or remove them, or allow more: --max-bad 0.1"
+        )
 
 
 class _Student(nn.Module):

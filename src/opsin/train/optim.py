@@ -22,6 +22,7 @@ BACK = re.compile(r"(norm|attn_pool|pre_logits|head|head_dist|decoder)\.")
 # … and from its end.
 TOKENS = {"cls_token", "dist_token", "registers", "pos_embed", "latents", "probe", "table"}
 LAYER_SCALES = {"attn_scale", "mlp_scale"}
+MATRICES = {"weight", "a", "b"}  # unless the module is a norm; a, b: the factors of `train/lora.py`
 
 
 def param_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -69,8 +70,7 @@ def _is_decayed(name: str, config: TrainConfig) -> bool:
         return config.decay_all or config.decay_positions
     if leaf == "bias" or leaf in LAYER_SCALES or in_norm:
         return config.decay_all
-    # "a" and "b": the factors of LoRA's matrices
-    assert leaf in ("weight", "a", "b"), f'parameter "{name}" is of no known kind; say in optim.py whether it is decayed'
+    assert leaf in MATRICES, f'parameter "{name}" is of no known kind; say in optim.py whether it is decayed'
     return True
 
 
@@ -322,7 +322,7 @@ def _floats(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
-# ── of the first loop ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── for a loop of one's own, without a TrainConfig: examples/audio_digits.py ──────────────────────────────────────────
 
 
 def muon_and_adamw(
@@ -350,7 +350,7 @@ def muon_and_adamw(
 
 
 def warmup_cosine(step: int, *, steps: int, warmup_steps: int) -> float:
-    """Factor on the base learning rate: linear from 0 over `warmup_steps`, then half a cosine to 0 at `steps`."""
+    """Factor on the learning rate: linear over `warmup_steps`, then half a cosine to 0 at `steps`; never 0 before."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))

@@ -43,7 +43,8 @@ class Process:
             for part in module.modules():
                 if isinstance(part, TransformerLayer | CrossAttentionLayer):
                     fully_shard(part)
-            return fully_shard(module)
+            fully_shard(module)  # in place
+            return module
         return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def total(self, values: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from opsin import __version__, checkpoints, evaluate, plots
-from opsin.checkpoints import files
+from opsin.checkpoints import Checkpoint, Source, files
 from opsin.data import open_samples
 from opsin.data.samples import Samples, split
 from opsin.device import has_bf16
@@ -38,7 +38,7 @@ from opsin.labels import Labels
 from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.position import sincos_2d
 from opsin.models.vit import ViT
-from opsin.pipeline import load
+from opsin.pipeline import Classifier, load
 from opsin.preprocess import PreprocessConfig
 from opsin.results import json_line
 from opsin.train import config as configs
@@ -47,7 +47,7 @@ from opsin.train.augment import augment_of
 from opsin.train.config import TrainConfig
 from opsin.train.heads import new_head, preprocess_for
 from opsin.train.loader import Bad
-from opsin.train.loop import Model, Progress, Training, averaged
+from opsin.train.loop import Model, Progress, Training, averaged, check_bad
 from opsin.train.lora import add_lora, merge
 from opsin.train.plan import Cost, cost, forward_flops, peak_flops
 from opsin.train.process import Process
@@ -128,7 +128,7 @@ def go(
         _write_environment(out, process)
         keys = "".join(f"{samples.key(row)}\n" for row in val_rows)
         (out / "held_out.txt").write_text(keys, encoding="utf-8", errors="surrogateescape")
-    facts = {
+    facts: Record = {
         "method": config.method,
         "images": len(rows),
         "held_out": len(val_rows),
@@ -139,7 +139,10 @@ def go(
     if config.method in ("probe", "fewshot"):
         return _probe(out, config, samples, rows, val_rows, process, facts, cache, on_start, on_metrics, on_images)
 
-    model, preprocess, reused = build(config, samples.labels)
+    built = build(config, samples.labels)
+    model, preprocess = built.model, built.preprocess
+    if config.probe_head and not (out / "state").exists():
+        _set_head(built, config, samples, rows, process, cache, on_images)
     image_size = preprocess.image_size
     facts["flops_per_image"] = 3 * forward_flops(model, image_size)
     if config.method == "lora":
@@ -175,7 +178,9 @@ def go(
     if metrics:
         metrics.forget_after(training.progress.step)
         params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        on_start(facts | {"steps": steps, "step": training.progress.step, "trained_params": params, "reused": reused})
+        on_start(
+            facts | {"steps": steps, "step": training.progress.step, "trained_params": params, "reused": built.reused}
+        )
     finished = training.run()
     with averaged(model, training.ema):
         _write_training(out / "last", model, preprocess, samples.labels, process)
@@ -216,24 +221,33 @@ def num_steps(config: TrainConfig, num_images: int) -> int:
 
 def estimate(config: TrainConfig, labels: Labels, num_images: int, world: int) -> Cost:
     """What `--dry-run` prints."""
-    model, preprocess, _ = build(config, labels)
+    built = build(config, labels)
     steps = num_steps(config, num_images)
     if config.method in ("probe", "fewshot"):
         raise TrainError("a probe has no steps to plan: it costs one forward pass of each image.")
-    return cost(model, config, steps=steps, image_size=preprocess.image_size, world=world)
+    return cost(built.model, config, steps=steps, image_size=built.preprocess.image_size, world=world)
 
 
-def build(config: TrainConfig, labels: Labels) -> tuple[Model, PreprocessConfig, int]:
-    """The model to train, its preprocessing, and how many classes of its head came from the checkpoint.
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model to train."""
 
+    model: Model
+    preprocess: PreprocessConfig  # of evaluation
+    source: Source | None  # of the weights; None: random ones
+    reused: int = 0  # classes of its head that came with them
+
+
+def build(config: TrainConfig, labels: Labels) -> Built:
+    """
     Raises:
-        ModelError: the checkpoint cannot be loaded, or is no classifier of images.
-        TrainError: the sizes do not fit.
+        ModelError: the checkpoint cannot be loaded.
+        TrainError: it is no classifier of images, or the sizes do not fit.
     """
     torch.manual_seed(config.seed)
     try:
         if config.init is None:
-            return *_from_scratch(config, labels), 0
+            return _from_scratch(config, labels)
         checkpoint = checkpoints.read(config.init)
         if not isinstance(checkpoint.model, ViT | ImagePerceiver) or checkpoint.preprocess is None:
             raise TrainError(f"{config.init} does not classify images; training is for models that do.")
@@ -248,14 +262,15 @@ def build(config: TrainConfig, labels: Labels) -> tuple[Model, PreprocessConfig,
             image_size=preprocess.image_size,
             dropout_rate=config.dropout_rate,
             drop_path_rate=config.drop_path_rate,
+            for_features=config.probe_head or config.method in ("probe", "fewshot"),
         )
     except ValueError as error:
         raise TrainError(str(error)) from error
     _checkpoint_gradients(model, config)
-    return model, preprocess, reused
+    return Built(model, preprocess, checkpoint.source, reused)
 
 
-def _from_scratch(config: TrainConfig, labels: Labels) -> tuple[Model, PreprocessConfig]:
+def _from_scratch(config: TrainConfig, labels: Labels) -> Built:
     shape = config.model
     assert shape is not None
     if config.image_size is not None:
@@ -265,8 +280,8 @@ def _from_scratch(config: TrainConfig, labels: Labels) -> tuple[Model, Preproces
         model = ImagePerceiver(replace(shape, num_classes=len(labels)))
         head = model.decoder.out
     else:
-        rates = {"dropout_rate": config.dropout_rate, "drop_path_rate": config.drop_path_rate}
-        model = ViT(replace(shape, num_classes=len(labels), **rates))
+        shape = replace(shape, dropout_rate=config.dropout_rate, drop_path_rate=config.drop_path_rate)
+        model = ViT(replace(shape, num_classes=len(labels)))
         head = model.head
         if config.sincos_positions:
             table = sincos_2d(model.config.grid, model.config.embed_dim) * 0.1
@@ -278,7 +293,7 @@ def _from_scratch(config: TrainConfig, labels: Labels) -> tuple[Model, Preproces
     if preprocess.image_size != shape.image_size:
         preprocess = preprocess_for(preprocess, shape.image_size)
     _checkpoint_gradients(model, config)
-    return model, preprocess
+    return Built(model, preprocess, None)
 
 
 def _checkpoint_gradients(model: Model, config: TrainConfig) -> None:
@@ -326,7 +341,7 @@ def _judge(
     if len(logits) >= MIN_CALIBRATION:
         temperature = evaluate.fit_temperature(logits, targets, multi_label=samples.labels.multi_label)
         evaluate.calibrate(classifier.model, temperature)
-        checkpoints.write_portable(out, classifier.model, classifier.preprocess, samples.labels)  # type: ignore[arg-type]
+        checkpoints.write_portable(out, classifier.model, classifier.preprocess, samples.labels)
     metrics = evaluate.metrics(logits / temperature, targets, samples.labels)
     facts = {"model": str(out), "images": "held out", "temperature": temperature}
     evaluate.report(out, metrics, predictions, facts=facts)
@@ -344,59 +359,61 @@ def _probe(
     """A linear head on frozen features: seen once by the model, then solved for."""
     if process.world > 1:
         raise TrainError("a probe runs in one process: start it without torchrun.")
-    assert config.init is not None
+    built = build(config, samples.labels)
+    trained_params = sum(parameter.numel() for parameter in _head(built.model).parameters())
+    on_start(facts | {"steps": config.steps, "step": 0, "trained_params": trained_params})
     (out / "metrics.jsonl").unlink(missing_ok=True)  # a probe that was cut begins again; its features are kept
     metrics = Metrics(out, on_metrics)
-    body_config = replace(config, method="finetune", steps=1, epochs=None)
-    model, preprocess, _ = build(body_config, samples.labels)
-    checkpoints.write_portable(
-        out / "last", model, preprocess, samples.labels
-    )  # the body, under a head that is yet to be found
-    classifier = load(out / "last", device=str(process.device))
-    on_start(
-        facts | {"steps": config.steps, "step": 0, "trained_params": sum(p.numel() for p in _head(model).parameters())}
-    )
-    features = probe.extract(
-        classifier, samples, rows, cache=cache, batch_size=min(config.batch_size, 256), on_batch=on_images
-    )
-    if features.errors:
-        bad = [Bad(*error) for error in features.errors]
-        _append(out / "bad_images.jsonl", [asdict(each) for each in bad])
-        share = 0.01 if config.max_bad is None else config.max_bad
-        if len(bad) > max(share * len(rows), 5 if config.max_bad is None else 0):
-            raise TrainError(
-                f"{len(bad)} of {len(rows)} training images could not be read; the last: {bad[-1].message} "
-                f"{out / 'bad_images.jsonl'} names them. Mend or remove them, or allow more: --max-bad 0.1"
-            )
-    x, y = features.features[features.ok], samples.targets[rows][features.ok]
-    if config.method == "fewshot":
-        weight, bias = probe.fewshot_weights(x, y, len(samples.labels))
-        loss = float(evaluate.metrics(x @ weight.T + bias, y, samples.labels).loss)
-        history: list[Record] = [{"step": 1, "loss": loss}]
-    else:
-        result = probe.probe(
-            x,
-            y,
-            len(samples.labels),
-            multi_label=samples.labels.multi_label,
-            class_weights=config.class_weights,
-            seed=config.seed,
-            max_iter=config.steps,
-            lr=config.lr,
-        )
-        weight, bias, history = result.weight, result.bias, result.history
-        files.write_json(out / "probe.json", {"solver": result.method, "l2": result.l2, "table": result.table})
+    history, errors = _set_head(built, config, samples, rows, process, cache, on_images, out)
     for record in history:
         metrics.add(record)
     metrics.close()
-    head = _head(model)
-    with torch.no_grad():
-        head.weight.copy_(torch.as_tensor(weight))
-        head.bias.copy_(torch.as_tensor(bias))
     for folder in (out, out / "last"):
-        checkpoints.write_portable(folder, model, preprocess, samples.labels)
-    summary = Summary(out, True, None, None, len(features.errors))
-    return _judge(out, summary, samples, val_rows, process.device, on_images)
+        checkpoints.write_portable(folder, built.model, built.preprocess, samples.labels)
+    return _judge(out, Summary(out, True, None, None, len(errors)), samples, val_rows, process.device, on_images)
+
+
+def _set_head(
+    built: Built, config: TrainConfig, samples: Samples, rows: np.ndarray, process: Process, cache: Path | None,
+    on_images: Callable[[int, int], None], out: Path | None = None,
+) -> tuple[list[Record], list[Bad]]:  # fmt: skip
+    """Solve for the last layer of a model, nothing else; says how it went, and what could not be read."""
+    labels, model = samples.labels, built.model
+    assert built.source is not None
+    classifier = Classifier(Checkpoint(model, built.preprocess, labels, built.source), device=str(process.device))
+    found = probe.extract(classifier, samples, rows, cache=cache, on_batch=on_images)
+    bad = [Bad(*error) for error in found.errors]
+    if out is not None and bad:
+        _append(out / "bad_images.jsonl", [asdict(each) for each in bad])
+    check_bad(bad, len(rows), config.max_bad)
+    x, y = found.features[found.ok], samples.targets[rows][found.ok]
+    if config.method == "fewshot":
+        weight, bias = probe.fewshot_weights(x, y, len(labels))
+        logits = torch.as_tensor(x) @ torch.as_tensor(weight).T + torch.as_tensor(bias)
+        loss = evaluate.metrics(logits.numpy(), y, labels).loss
+        history: list[Record] = [{"step": 1, "loss": loss}]
+    else:
+        steps = config.steps if config.steps is not None or config.epochs is None else round(config.epochs)
+        result = probe.probe(
+            x,
+            y,
+            len(labels),
+            multi_label=labels.multi_label,
+            class_weights=config.class_weights,
+            seed=config.seed,
+            max_iter=steps if config.method == "probe" else None,
+            lr=config.lr if config.method == "probe" else 1.0,
+        )
+        weight, bias, history = result.weight, result.bias, result.history
+        if out is not None:
+            facts = {"solver": result.method, "l2": result.l2, "cv_accuracy": result.cv_accuracy, "tried": result.table}
+            files.write_json(out / "probe.json", facts)
+    head = _head(model)
+    halves = 2 if isinstance(model, ViT) and model.head_dist is not None else 1  # logits are the mean of two heads
+    with torch.no_grad():
+        head.weight.copy_(torch.as_tensor(weight) * halves)
+        head.bias.copy_(torch.as_tensor(bias) * halves)
+    return history, bad
 
 
 def _head(model: Model) -> nn.Linear:
@@ -423,7 +440,7 @@ class Metrics:
             self.board = SummaryWriter(str(out / "tensorboard"))
         if any(name in os.environ for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE")):
             try:
-                import wandb
+                import wandb  # type: ignore[import-not-found]
             except ImportError:
                 log.warning("WANDB_… is set, and wandb is not installed: pip install wandb")
             else:
