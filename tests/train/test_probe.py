@@ -71,15 +71,31 @@ def test_logistic_is_scikit_learns_optimum_folded(num: int, dim: int, l2: float,
 def test_logistic_of_two_classes_is_scikit_learns_of_half_the_penalty() -> None:
     x, y = blobs(61, 7, 2)
     theirs = LogisticRegression(C=2 / 5.0, tol=1e-8, max_iter=10_000).fit(standardised(x), y)
-    ours = softmax(scores(fit_logistic(x, y, 2, l2=5.0), x))
+    ours = softmax(scores(fit_logistic(x, y, 2, l2=5.0, tolerance=1e-9), x))
     assert np.allclose(ours, theirs.predict_proba(standardised(x)), atol=1e-3)
 
 
 def test_multi_label_is_scikit_learns_one_versus_rest() -> None:
     x, y = tags(97, 7, 3)
     theirs = OneVsRestClassifier(LogisticRegression(C=1 / 3.0, tol=1e-8, max_iter=10_000)).fit(standardised(x), y)
-    head = fit_logistic(x, y, 3, l2=3.0, multi_label=True)
+    head = fit_logistic(x, y, 3, l2=3.0, multi_label=True, tolerance=1e-9)
     assert np.allclose(1 / (1 + np.exp(-scores(head, x))), theirs.predict_proba(standardised(x)), atol=1e-3)
+
+
+def test_tolerance_is_the_share_of_the_loss_that_is_left() -> None:
+    x, y = blobs(397, 7, 5)
+    z = standardised(x)
+
+    def loss(tolerance: float) -> float:
+        head = fit_logistic(x, y, 5, l2=1.0, tolerance=tolerance)
+        logits = scores(head, x)
+        penalty = np.square(head[0] * z.std(0) * x.std(0)).sum() / 2
+        return float(penalty - np.log(softmax(logits)[np.arange(len(y)), y]).sum())
+
+    least = loss(1e-11)
+    for tolerance in (1e-3, 1e-5):
+        assert loss(tolerance) / least - 1 < 5 * tolerance
+    assert loss(1e-3) / least - 1 > 1e-6  # it does stop early
 
 
 def test_rows_in_pieces_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +109,7 @@ def test_rows_in_pieces_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_two_rows_share_and_what_never_changes_is_handled() -> None:
     x, y = blobs(97, 7, 3)
     more = np.concatenate([x, x[:, :2], np.full((97, 1), 123.4, np.float32)], axis=1)
-    weight, bias = fit_logistic(more, y, 3, l2=1.0)
+    weight, bias = fit_logistic(more, y, 3, l2=1.0, tolerance=1e-9)
     assert np.isfinite(weight).all()
     assert not weight[:, 9].any()  # a constant feature
     theirs = LogisticRegression(C=1.0, tol=1e-8, max_iter=10_000).fit(standardised(more[:, :9]), y)
@@ -105,13 +121,14 @@ def test_what_two_rows_share_and_what_never_changes_is_handled() -> None:
 def test_class_without_images_is_never_the_answer() -> None:
     x, y = blobs(97, 7, 4)
     gap = np.array([0, 1, 3, 5])[y]  # of six classes, 2 and 4 have no image
-    weight, bias = fit_logistic(x, gap, 6, l2=0.5)
-    without = fit_logistic(x, y, 4, l2=0.5)
+    weight, bias = fit_logistic(x, gap, 6, l2=0.5, tolerance=1e-9)
+    without = fit_logistic(x, y, 4, l2=0.5, tolerance=1e-9)
     assert np.allclose(weight[[0, 1, 3, 5]], without[0], atol=1e-4)
     assert not weight[[2, 4]].any()
     far = x + np.random.default_rng(3).normal(size=x.shape) * 1000
     assert not np.isin(scores((weight, bias), far).argmax(1), [2, 4]).any()
-    assert softmax(scores((weight, bias), far))[:, [2, 4]].max() < 1e-8
+    middle = np.concatenate([x, x.mean(0, keepdims=True)])  # where no class is far ahead
+    assert softmax(scores((weight, bias), middle))[:, [2, 4]].max() < 1e-8
     (ridge,) = fit_ridge(x, gap, 6, l2=[0.5])
     assert not np.isin(scores(ridge, far).argmax(1), [2, 4]).any()
 
@@ -119,10 +136,10 @@ def test_class_without_images_is_never_the_answer() -> None:
 def test_tag_that_no_image_or_every_image_has_keeps_its_odds() -> None:
     x, y = tags(97, 7, 3)
     y = np.concatenate([y, np.zeros((97, 1), np.uint8), np.ones((97, 1), np.uint8)], axis=1)
-    weight, bias = fit_logistic(x, y, 5, l2=3.0, multi_label=True)
+    weight, bias = fit_logistic(x, y, 5, l2=3.0, multi_label=True, tolerance=1e-9)
     assert not weight[3:].any()
     assert bias[3:] == pytest.approx([np.log(0.5 / 97.5), np.log(97.5 / 0.5)], rel=1e-5)
-    assert np.allclose(weight[:3], fit_logistic(x, y[:, :3], 3, l2=3.0, multi_label=True)[0], atol=1e-4)
+    assert np.allclose(weight[:3], fit_logistic(x, y[:, :3], 3, l2=3.0, multi_label=True, tolerance=1e-9)[0], atol=1e-4)
 
 
 # ── ridge regression ─────────────────────────────────────────────────────────────────────────────────────────────────

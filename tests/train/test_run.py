@@ -337,3 +337,21 @@ def test_a_distilled_models_probe_counts_through_both_heads(photo_folder: Path) 
     features = torch.from_numpy(clf.embed([photo_folder / "blue" / "001.png"]))
     half = features @ clf.model.head.weight.T + clf.model.head.bias
     assert torch.allclose(clf.logits([photo_folder / "blue" / "001.png"]), half / 2, atol=1e-4)
+
+
+def test_several_labels_an_image_from_a_table(photo_folder: Path, vit: str) -> None:
+    """A table that calls every coral picture amber as well: scores are sigmoids, each class by itself."""
+    rows = ["path,label"]
+    for path in sorted(photo_folder.glob("*/*.png")):
+        names = {"coral": "coral;amber"}.get(path.parent.name, path.parent.name)
+        rows.append(f"{path.relative_to(photo_folder.parent)},{names}")
+    table = photo_folder.parent / "table.csv"
+    table.write_text("\n".join(rows))
+    for more in ((), ("--method", "finetune", "--epochs", "6", "--batch-size", "8", "--workers", "0", "--lr", "3e-3")):
+        said = json.loads(run("train", table, "--model", vit, *more).stdout)
+        clf = opsin.load(said["run"])
+        assert clf.labels.multi_label
+        scores = {best["label"]: best["score"] for best in clf(next((photo_folder / "coral").iterdir()))}
+        assert min(scores["coral"], scores["amber"]) > 0.5 > scores["blue"]
+        found = json.loads(run("evaluate", table, "--model", said["run"]).stdout)
+        assert found["mean_average_precision"] > 0.9

@@ -39,6 +39,8 @@ bicubic positions, antialiased squash), so that --model may be any; begun from t
 release's own. The momentum is not rounded to bf16.
 """
 
+from dataclasses import replace
+
 from opsin.recipes.shapes import IMAGENET_1K
 from opsin.train.config import TrainConfig
 
@@ -116,21 +118,4 @@ def photos() -> TrainConfig:
 
 def lora() -> TrainConfig:
     """What `--method lora` does without a recipe. The matrices begin at zero, so they take a higher rate."""
-    return TrainConfig(
-        method="lora",
-        init="opsin/vit-tiny",
-        probe_head=True,
-        holdout=0.1,
-        min_crop_area=0.35,
-        label_smoothing=0.1,
-        optimizer="adamw",
-        lr=2e-3,
-        weight_decay=0.05,
-        clip_norm=1.0,
-        schedule="cosine",
-        warmup_steps=20,
-        epochs=20,
-        batch_size=64,
-        precision="bf16",
-        ema_decay=None,
-    )
+    return replace(photos(), method="lora", lr=2e-3, layer_decay=1.0)

@@ -4,6 +4,7 @@ Everything random about a sample is a function of (seed, epoch, row), and the or
 resumed at a step, or spread over other numbers of processes and workers, sees the same pictures.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -134,7 +135,14 @@ def loader(dataset: Dataset, samples: Samples, batches: Any, *, workers: int, pi
         collate_fn=partial(collate, targets=samples.targets),
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_parent,
     )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: the parent finishes its step, for which it needs this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def eval_batches(rows: np.ndarray, batch_size: int) -> list[list[int]]:

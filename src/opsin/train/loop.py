@@ -61,6 +61,7 @@ class Training:
         image_size: (H, W) pixels, after the phases.
         on_metrics: gets a record of each logged step, in the main process.
         on_best: called with the weights of an evaluation that beats all before in place, in every process.
+        on_bad: gets all images that could not be read so far, in the main process, when there are new ones.
         stopping: asked after each step.
     """
 
@@ -290,7 +291,7 @@ class Training:
             new = [bad for bad in self.process.gather(found) if bad.key not in self.progress.bad]
             self.progress.bad |= {bad.key: bad for bad in new}
             if self.process.is_main and new:
-                self.on_bad(new)
+                self.on_bad(list(self.progress.bad.values()))
         check_bad(list(self.progress.bad.values()), len(self.rows), self.config.max_bad)
 
     def _evaluate(self) -> dict[str, Any]:

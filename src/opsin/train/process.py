@@ -63,7 +63,8 @@ class Process:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in at least one process: they stop together."""
-        return flag if self.world == 1 else bool(self.total(torch.tensor(int(flag), device=self.device)).item())
+        # of a tensor on the CPU, so that no GPU is waited for
+        return flag if self.world == 1 else bool(self.total(torch.tensor(int(flag))).item())
 
     def wait(self) -> None:
         if self.world > 1:

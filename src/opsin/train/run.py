@@ -122,6 +122,8 @@ def go(
         log.warning("this CPU computes bf16 slower than fp32 (it has no AVX512-BF16 and no AMX): training in fp32.")
         config = replace(config, precision="fp32")
     samples = open_samples(data)
+    if samples.labels.multi_label and config.method not in ("probe", "fewshot"):
+        config = replace(config, loss="sigmoid")  # each class by itself, as the probe does too
     rows, val_rows = split(samples, config.holdout)
     _check_identity(out, samples, process)
     if process.is_main:
@@ -171,7 +173,7 @@ def go(
         peak_flops=peak_flops(process.device, config.precision),
         on_metrics=metrics.add if metrics else lambda record: None,
         on_best=write_best,
-        on_bad=lambda bad: _append(out / "bad_images.jsonl", [asdict(each) for each in bad]),
+        on_bad=lambda bad: _write_bad(out, bad),
         stopping=stopping,
     )
     training.restore()
@@ -384,7 +386,7 @@ def _set_head(
     found = probe.extract(classifier, samples, rows, cache=cache, on_batch=on_images)
     bad = [Bad(*error) for error in found.errors]
     if out is not None and bad:
-        _append(out / "bad_images.jsonl", [asdict(each) for each in bad])
+        _write_bad(out, bad)
     check_bad(bad, len(rows), config.max_bad)
     x, y = found.features[found.ok], samples.targets[rows][found.ok]
     if config.method == "fewshot":
@@ -479,6 +481,11 @@ def _read_lines(path: Path) -> list[Record]:
         except ValueError:
             break
     return records
+
+
+def _write_bad(out: Path, bad: Sequence[Bad]) -> None:
+    with files.replacing(out / "bad_images.jsonl") as part:
+        part.write_text("".join(f"{json_line(asdict(each))}\n" for each in bad), encoding="utf-8")
 
 
 def _append(path: Path, records: Sequence[Record]) -> None:
