@@ -118,7 +118,7 @@ def curve(model: Any, samples: Samples, seed: int, folder: Path) -> list[float]:
         model=model, config=config, samples=samples, rows=np.arange(len(samples)), val_rows=np.arange(0),
         preprocess=preprocess, augment=augment_of(config, preprocess), steps=STEPS, image_size=(64, 64),
         process=Process(0, 1, torch.device("cpu")), states=StateFolder(folder),
-        on_metrics=lambda record: losses.append(record["loss"]), on_best=lambda progress: None, on_bad=lambda bad: None,
+        on_metrics=lambda record: losses.append(record["loss"]), on_best=lambda: None, on_bad=lambda bad: None,
     ).run()  # fmt: skip
     return losses
 

@@ -323,8 +323,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("perceiver_conv_in1k", "perceiver_fourier_in1k", "perceiver_learned_in1k"), PERCEIVER),
     **dict.fromkeys(("deit_ti16", "deit_s16", "deit_b16"), DEIT | {"teacher": None}),
     **dict.fromkeys(("deit_ti16_distilled", "deit_s16_distilled", "deit_b16_distilled"), DISTILLED),
-    "vit_tiny": SMALL | {"steps": 7000, "sincos_positions": True},
-    "perceiver_tiny": SMALL | {"steps": 4000, "sincos_positions": False},
+    "vit_tiny": SMALL | {"steps": 4500, "sincos_positions": True},
+    "perceiver_tiny": SMALL | {"steps": 2500, "sincos_positions": False},
 }
 
 
@@ -358,7 +358,7 @@ def test_steps_of_the_perceiver() -> None:
 
 @pytest.mark.parametrize(
     "name, phases",
-    [("vit_tiny", ((4200, 48, 24), (2400, 64, 32))), ("perceiver_tiny", ((2600, 48, 96), (1000, 64, 160)))],
+    [("vit_tiny", ((2700, 48, 24), (1530, 64, 32))), ("perceiver_tiny", ((1700, 48, 96), (600, 64, 160)))],
 )
 def test_phases(name: str, phases: tuple[tuple[int, int, int], ...]) -> None:
     config = recipe(name)

@@ -448,7 +448,8 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray, multi_label: bool =
     """T for which logits / T have the lowest loss on images that the model was not trained on.
 
     The loss is convex in 1/T; Newton's method on log T, kept within a bracket, from 0.01 to 100. Where the loss falls
-    up to one of these, as it does when every image is right, that is the answer, and a warning is logged.
+    up to one of these, as it does when every image is right, the images say nothing of T: it is 1, and a warning is
+    logged.
 
     Args:
         logits: (n, K).
@@ -481,9 +482,8 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray, multi_label: bool =
     if ends == (0, 0):  # the loss is the same at every temperature
         return 1.0
     if ends[1] <= 0 or ends[0] >= 0:  # 0 too: the slope of certainty is smaller than a float
-        limit = math.exp(-high if ends[1] <= 0 else -low)
-        log.warning("no best temperature: the loss falls up to %.3g, the limit; use more images.", limit)
-        return limit
+        log.warning("no temperature is best for these %d images, so scores stay as they are; use more.", len(logits))
+        return 1.0
     x = 0.0
     for _ in range(100):
         first, second = slope(x)

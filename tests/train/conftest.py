@@ -100,8 +100,8 @@ def training(samples: InMemory, tmp_path: Path) -> Callable[..., Training]:
             process=Process(0, 1, torch.device("cpu")),
             states=StateFolder(tmp_path / name),
             on_metrics=lambda record: records.append(record),
-            on_best=lambda progress: None,
-            on_bad=lambda bad: bads.extend(bad),
+            on_best=lambda: None,
+            on_bad=lambda bad: bads.__setitem__(slice(None), bad),
         )
         records: list[dict] = []
         bads: list = []

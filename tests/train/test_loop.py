@@ -184,7 +184,7 @@ def test_no_finite_loss_is_an_error(training: Make) -> None:
     run = training()
     with torch.no_grad():
         run.model.head.bias.fill_(float("nan"))  # type: ignore[union-attr, operator]
-    with pytest.raises(TrainError, match=r"the loss is nan at step 1. Lower --lr \(0.003\)"):
+    with pytest.raises(TrainError, match=r"the loss is nan at step 1. Begin again with a lower --lr \(0.003\)"):
         run.run()
 
 
@@ -245,7 +245,7 @@ def test_it_trains_as_transformers_trains(
     mine.run()
 
     class Student(torch.nn.Module):
-        def __init__(self, model: torch.nn.Module) -> None:
+        def __init__(self, model: torch.nn.Module, *, with_teacher: bool = False) -> None:
             super().__init__()
             self.model = model
 

@@ -176,7 +176,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     tensors = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_expansion(path, archive)
+            check_expansion(path, archive)
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 with archive.open(member) as file:
@@ -209,7 +209,7 @@ def _read_array(file: Any, size: int, where: str) -> Tensor:
         raise CheckpointError(f"{where} has type {dtype}; weights are floating-point numbers.") from error
 
 
-def _check_expansion(path: Path, archive: zipfile.ZipFile) -> None:
+def check_expansion(path: Path, archive: zipfile.ZipFile) -> None:
     """Refuse an archive that would unpack to much more than it is; `zipfile` reads no more than is declared."""
     declared, size = sum(member.file_size for member in archive.infolist()), path.stat().st_size
     if declared > max(MAX_EXPANSION * size, FREE_BYTES):
@@ -224,7 +224,7 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
     try:
         if is_zip:
             with zipfile.ZipFile(path) as archive:
-                _check_expansion(path, archive)
+                check_expansion(path, archive)
         # training scripts keep their arguments beside the weights; a Namespace is only a bag of values
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols: it reads or it does not

@@ -29,7 +29,7 @@ TASKS = {
 def say(text: str) -> None:
     """A line for people, on standard error; nobody there to read it is no reason to stop."""
     with suppress(OSError):
-        click.echo(f"opsin: {text}", err=True)
+        click.echo("\n".join(map(printable, f"opsin: {text}".splitlines())), err=True)
 
 
 def fail(error: Exception) -> NoReturn:

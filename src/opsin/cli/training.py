@@ -60,10 +60,10 @@ DEFAULT_RECIPES = {
 @click.option("--batch-size", type=click.IntRange(1))
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate of the whole batch.")
 @click.option("--image-size", "--img-size", type=click.IntRange(1), metavar="PIXELS")
-@click.option("--seed", type=int)
+@click.option("--seed", type=click.IntRange(0))
 @click.option(
     "--holdout",
-    type=click.FloatRange(0, 1),
+    type=click.FloatRange(0, 0.5),
     metavar="SHARE",
     help="Of each class, to measure on, where the data have no division of their own.",
 )
@@ -108,7 +108,7 @@ def train(
 
     data = data + more_data
     given = [name for name, value in options.items() if value not in (None, ())]
-    if resume is not None and (data or given or out):
+    if resume is not None and (data or given or out or dry_run):
         raise click.UsageError("--resume goes on with the run as it is; it takes --device and nothing else.")
     try:
         find_device(device)
@@ -137,6 +137,15 @@ def train(
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(INTERRUPTED)
+    except (RuntimeError, MemoryError) as error:  # torch's own errors have many forms
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        say(f"not enough memory: {str(error).splitlines()[0]}")
+        say(
+            "use a smaller --batch-size, --set micro_batch_size=N (gradients are accumulated), "
+            "--set gradient_checkpointing=true or a smaller --image-size"
+        )
+        sys.exit(NOT_WRITTEN)
     sys.exit(ALL_GOOD if finished else INTERRUPTED)
 
 
@@ -179,7 +188,12 @@ def run(config: "TrainConfig | None", data: list[str], resume: Path | None, out:
                 runs.begin(folder, config, data)
             (folder,) = [path for path in this.gather([folder]) if path is not None]
         config, _ = runs.read(folder)
-        with stopping(config.method) as flag, reporting(config, this.is_main) as report:
+        began = resume is None and this.is_main
+        with (
+            taking_back(folder if began else None),
+            stopping(config.method) as flag,
+            reporting(config, this.is_main) as report,
+        ):
             summary = runs.go(
                 folder,
                 this,
@@ -192,6 +206,20 @@ def run(config: "TrainConfig | None", data: list[str], resume: Path | None, out:
         if this.is_main:
             show_summary(summary)
         return summary.finished
+
+
+@contextmanager
+def taking_back(folder: Path | None) -> Iterator[None]:
+    """A run that failed before its first step leaves no folder that the corrected command would stumble over."""
+    from opsin.errors import OpsinError
+    from opsin.train.run import abandon
+
+    try:
+        yield
+    except OpsinError:
+        if folder is not None:
+            abandon(folder)
+        raise
 
 
 @contextmanager
@@ -220,8 +248,8 @@ def stopping(method: str) -> Iterator[threading.Event]:
 class Report:
     """Progress of a run on standard error: a bar on a terminal; elsewhere a line an evaluation, and a minute."""
 
-    def __init__(self, config: "TrainConfig", bar: Any) -> None:
-        self.config, self.bar = config, bar
+    def __init__(self, config: "TrainConfig", bar: Any, *, silent: bool = False) -> None:
+        self.config, self.bar, self.silent = config, bar, silent
         self.steps = self.first = 0
         self.started = self.said = time.monotonic()
         self.task = None if bar is None else bar.add_task("", total=None)
@@ -251,15 +279,19 @@ class Report:
             text += f", {record['images_per_s']:.0f} images/s, ETA {span(pace * (steps - step))}"
         if "mfu" in record:
             text += f", MFU {record['mfu']:.0%}"
+        if "val_loss" in record:
+            text += f", held out: loss {record['val_loss']:.3f}"
         if "top1" in record:
-            text += f", held out: top-1 {record['top1']:.1%}, loss {record['val_loss']:.3f}"
+            text += f", top-1 {record['top1']:.1%}"
         if record.get("bad_images"):
             text += f", {record['bad_images']} images unreadable"
-        self.show(step, steps, text, now="top1" in record)
+        self.show(step, steps, text, now="val_loss" in record)
 
     def show(self, done: int, total: int, text: str, *, now: bool = False) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=done, total=total, description=text)
+        if self.silent:
+            return
         if now or (self.bar is None and time.monotonic() - self.said > 60):
             self.said = time.monotonic()
             say(text)
@@ -268,7 +300,7 @@ class Report:
 @contextmanager
 def reporting(config: "TrainConfig", is_main: bool) -> Iterator[Report]:
     if not is_main or not sys.stderr.isatty():
-        yield Report(config, None)
+        yield Report(config, None, silent=not is_main)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
@@ -289,11 +321,16 @@ def show_summary(summary: Any) -> None:
         say(f"stopped; go on with: opsin train --resume {folder}")
         return
     if not sys.stdout.isatty():
-        record = {"run": str(summary.folder), "top1": summary.top1, "top5": summary.top5, "bad_images": summary.num_bad}
+        record = {"run": str(summary.folder), "bad_images": summary.num_bad}
+        for name in ("top1", "top5", "mean_average_precision"):
+            if getattr(summary, name) is not None:
+                record[name] = getattr(summary, name)
         print(json.dumps(record), flush=True)
         return
     if summary.top1 is not None:
         click.echo(f"top-1 {summary.top1:.1%}, top-5 {summary.top5:.1%} on the held-out images")
+    if summary.mean_average_precision is not None:
+        click.echo(f"mean average precision {summary.mean_average_precision:.1%} on the held-out images")
     click.echo(f"{folder} is a model:  opsin classify photo.jpg --model {folder}")
 
 
@@ -314,7 +351,7 @@ def dry(config: "TrainConfig", data: list[str], device: str) -> None:
     elif config.num_images and config.model:
         labels, num_images = Labels.numbered(config.model.num_classes), config.num_images
     else:
-        raise click.UsageError("no data, and the recipe does not say how many images it is for: name a folder.")
+        raise click.UsageError("no data, and the recipe alone does not give classes and images: name a folder.")
     cost = runs.estimate(config, labels, num_images, world)
     peak = peak_flops(find_device(device), config.precision)
     hours_here = cost.flops / (0.4 * peak * world) / 3600 if peak else None
@@ -406,7 +443,7 @@ def evaluate_command(
         if calibrate and classifier.source.format not in ("opsin", "transformers"):
             raise ModelError(f"{model} is a {classifier.source.format} model, which opsin reads and does not write.")
         if classifier.labels is None:
-            raise NoHead(f"{model} has no classification head. --train DATA alone does not need one: `opsin embed`.")
+            raise NoHead(f"{model} has no classification head, so there is nothing to score: train one, `opsin train`.")
         evaluate.align(samples, classifier.labels, partial=partial)
         rows = held_out_rows(samples) if split is None else range(len(samples))
         with answering(out), parts("images") as advance:
@@ -484,6 +521,8 @@ def feature_scores(
     from opsin.train.probe import few_shot
 
     train_set = open_samples(train_data)
+    if classifier.labels.multi_label:
+        raise click.UsageError("--train is for one class an image; this model gives several.")
     evaluate.align(train_set, classifier.labels, partial=True)
     rows = split(train_set, 0)[0]
     bank = evaluate.predict(

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
@@ -117,6 +118,28 @@ class TrainConfig:
         for name in (*rates, "distillation_weight", "flat_share"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1.")
+        for name in (
+            "lr",
+            "muon_lr",
+            "weight_decay",
+            "mixup",
+            "cutmix",
+            "momentum",
+            "eps",
+            "end_lr",
+            "seed",
+            "lora_alpha",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number from 0 on.")
+        if self.epochs is not None and not math.isfinite(self.epochs):
+            raise ValueError(f"epochs is {self.epochs}; it must be a finite number.")
+        if self.holdout > 0.5:
+            raise ValueError(f"holdout is {self.holdout}; at most half of the images can be held out.")
+        if self.rand_augment is not None and (len(self.rand_augment) != 2 or not 0 <= self.rand_augment[1] <= 30):
+            raise ValueError(f"rand_augment is {self.rand_augment}; it is (layers, magnitude from 0 to 30).")
+        if self.method in ("probe", "fewshot") and self.init is None:
+            raise ValueError(f"method {self.method} needs a trained model: --model NAME.")
         if not 0 < self.min_crop_area <= 1:
             raise ValueError(f"min_crop_area is {self.min_crop_area}; it is a share of the image, above 0, up to 1.")
         if sum(phase.share for phase in self.phases) > 1 + 1e-9:
@@ -171,6 +194,13 @@ def with_settings(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
             value = _tuple(json.loads(text))
         except ValueError:
             value = text
+        if key == "phases" and isinstance(value, tuple):
+            try:
+                value = tuple(Phase(**phase) for phase in value)
+            except TypeError as error:
+                raise ValueError(
+                    f'phases is {text}; it is [{{"share": 0.5, "image_size": 48}}, …]: {error}.'
+                ) from error
         config = _with(config, key, key.split("."), value)
     return config
 
@@ -188,6 +218,8 @@ def _with(part: Any, key: str, path: list[str], value: Any) -> Any:
         value = _with(inner, key, path[1:], value)
     elif isinstance(value, bool) != isinstance(getattr(part, path[0]), bool) and value is not None:
         raise ValueError(f"{key} is {getattr(part, path[0])!r} and cannot become {value!r}.")
+    elif isinstance(getattr(part, path[0]), int | float) and not isinstance(value, int | float | None):
+        raise ValueError(f"{key} is {getattr(part, path[0])!r}, a number, and cannot become {value!r}.")
     try:
         return dataclasses.replace(part, **{path[0]: value})
     except TypeError as error:

@@ -43,7 +43,7 @@ class Progress:
     """What a run knows of itself beside its weights; part of its state."""
 
     step: int = 0
-    best_top1: float = -1.0
+    best_score: float = -math.inf  # top-1; of several labels an image, minus the loss
     bad: dict[str, Bad] = field(default_factory=dict)  # by key: an image is bad once, however often it is drawn
     loss_sum: float | Tensor = 0.0  # since the last line of metrics, as is the rest; on the device, read when asked for
     loss_count: int = 0
@@ -80,7 +80,7 @@ class Training:
     flops: float = 0.0  # of an image's forward and backward pass, for the MFU
     peak_flops: float = 0.0  # of the device, per second
     on_metrics: Callable[[dict[str, Any]], None]
-    on_best: Callable[[Progress], None]
+    on_best: Callable[[], None]
     on_bad: Callable[[list[Bad]], None]
     stopping: Callable[[], bool] = lambda: False
 
@@ -88,8 +88,8 @@ class Training:
         c, process = self.config, self.process
         share, left = divmod(c.batch_size, process.world)
         self.micro_batch_size = min(c.micro_batch_size or share, share)
-        if left or share % self.micro_batch_size:
-            unit = process.world * self.micro_batch_size
+        if left or not share or share % self.micro_batch_size:
+            unit = process.world * max(self.micro_batch_size, 1)
             raise TrainError(
                 f"batch_size {c.batch_size} is not a multiple of {process.world} processes × micro_batch_size "
                 f"{self.micro_batch_size}. Nearest that is: {max(round(c.batch_size / unit), 1) * unit}."
@@ -99,7 +99,7 @@ class Training:
         # on a CPU the model wants the cores itself
         spare = cores // process.local_world if process.device.type != "cpu" else cores // process.local_world // 2
         self.workers = min(max(spare, 1), 16) if c.workers is None else c.workers
-        self.student = _Student(self.model)
+        self.student = _Student(self.model, with_teacher=self.teacher is not None)
         if c.compile and c.strategy == "ddp":
             self.student.compile()
         self.wrapped = process.wrap(self.student, c.strategy)
@@ -149,10 +149,11 @@ class Training:
             grad_norm = self._update()
             progress.step += 1
             timer.images += c.batch_size
-            ending = progress.step == self.steps or self.process.any(self.stopping())
-            evaluating = progress.step % self.eval_every == 0 or progress.step == self.steps
+            finished = progress.step == self.steps
+            ending = finished or self.process.any(self.stopping())
+            evaluating = progress.step % self.eval_every == 0 or finished
             self._note_bad(found)
-            if evaluating or ending or progress.step % c.log_every == 0:
+            if evaluating or progress.step % c.log_every == 0:
                 record = self._train_record(grad_norm, factor, timer)
                 if evaluating and len(self.val_rows):
                     record |= self._evaluate()
@@ -248,11 +249,14 @@ class Training:
             self.scaler.unscale_(optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
+        # fp16 overflows at times: then nothing is stepped, also not the one of two optimisers that looks sound
+        overflowed = self.scaler.is_enabled() and not torch.isfinite(norm)
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if not overflowed:
+                self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()
-        if self.ema:
+        if self.ema and not overflowed:
             self.ema.update(self.model)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
@@ -267,8 +271,8 @@ class Training:
         progress.loss_sum, progress.loss_count = 0.0, 0
         if not math.isfinite(loss):
             raise TrainError(
-                f"the loss is {loss} at step {progress.step}. Lower --lr ({self.config.lr}), or go on from the last "
-                "state with a lower one."
+                f"the loss is {loss} at step {progress.step}. Begin again with a lower --lr ({self.config.lr}), or "
+                "longer --set warmup_steps."
             )
         rate = timer.images / timer.seconds()
         record = {
@@ -298,15 +302,18 @@ class Training:
         """Score the averaged weights, or the weights, on the held-out images; hand on the best so far."""
         with averaged(self.model, self.ema):
             record = self.score()
-            if record["top1"] > self.progress.best_top1:
-                self.progress.best_top1 = record["top1"]
-                self.on_best(self.progress)
+            score = -record["val_loss"] if self.samples.labels.multi_label else record["top1"]
+            if score > self.progress.best_score:
+                self.progress.best_score = score
+                self.on_best()
         return record
 
     @torch.no_grad()
     def score(self) -> dict[str, Any]:
-        """Loss, top-1 and top-5 on the held-out images; of several labels an image, any counts as a hit."""
+        """Loss on the held-out images; with one label an image also top-1 and top-5."""
         process = self.process
+        for buffer in self.model.buffers():  # the statistics of batch norms: those of the process that writes models
+            process.broadcast(buffer)
         own = self.val_rows[process.rank :: process.world]
         batch_size = min(self.micro_batch_size, 256)
         dataset = EvalSet(self.samples, self.preprocess)
@@ -329,7 +336,10 @@ class Training:
         count, loss_sum, top1, top5 = process.total(sums).tolist()
         if not count:
             raise TrainError("none of the held-out images can be read: there is nothing to measure by.")
-        return {"val_loss": loss_sum / count, "top1": top1 / count, "top5": top5 / count}
+        record = {"val_loss": loss_sum / count}
+        if not self.samples.labels.multi_label:
+            record |= {"top1": top1 / count, "top5": top5 / count}
+        return record
 
     def _state(self) -> dict[str, Any]:
         progress = self.progress
@@ -338,7 +348,7 @@ class Training:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "ema": self.ema.state_dict() if self.ema else {},
             "scaler": self.scaler.state_dict(),
-            "best_top1": progress.best_top1,
+            "best_score": progress.best_score,
             "bad": [asdict(bad) for bad in progress.bad.values()],
             "loss": [torch.as_tensor(progress.loss_sum), progress.loss_count],
         }
@@ -348,6 +358,12 @@ class Training:
         state = self.states.load()
         if state is None:
             return
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrainError(f"the saved state is not of this run ({error!r}). Begin a new one.") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             restore(self.model.state_dict(), state["model"])
             if self.ema:
@@ -357,7 +373,7 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         bad = {each["key"]: Bad(**each) for each in state["bad"]}
         loss_sum, loss_count = state["loss"]
-        self.progress = Progress(state["step"], state["best_top1"], bad, loss_sum.to(self.process.device), loss_count)
+        self.progress = Progress(state["step"], state["best_score"], bad, loss_sum.to(self.process.device), loss_count)
 
 
 def check_bad(bad: Sequence[Bad], num_images: int, share: float | None) -> None:
@@ -375,11 +391,15 @@ def check_bad(bad: Sequence[Bad], num_images: int, share: float | None) -> None:
 
 
 class _Student(nn.Module):
-    """A model's forward pass: logits for the labels; while it is trained, those for the teacher beside them."""
+    """A model's forward pass: logits for the labels; while it is trained, those for the teacher beside them.
 
-    def __init__(self, model: Model) -> None:
+    A model with a second head has it for a teacher (Touvron et al. 2021); without one, both heads learn the labels
+    together, as they are used.
+    """
+
+    def __init__(self, model: Model, *, with_teacher: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.with_teacher = model, with_teacher
 
     def forward(self, pixels: Tensor, keep_tokens: int | None = None, generator: torch.Generator | None = None) -> Any:
         model: Any = self.model
@@ -388,11 +408,19 @@ class _Student(nn.Module):
         tokens = model.embed(pixels)
         if keep_tokens is not None:
             assert generator is not None
-            tokens = drop_tokens(tokens, keep_tokens, generator=generator)
+            prefix = getattr(model.config, "num_prefix", 0)
+            kept = drop_tokens(tokens[:, prefix:], keep_tokens, generator=generator)
+            tokens = torch.cat([tokens[:, :prefix], kept], dim=1)
         tokens = model.encode(tokens)
         logits = model.classify(model.pool(tokens))
         head_dist = getattr(model, "head_dist", None)
-        return logits, logits if head_dist is None else head_dist(tokens[:, 1])
+        if head_dist is None:
+            return logits, logits
+        distilled = head_dist(tokens[:, 1])
+        if self.with_teacher:
+            return logits, distilled
+        logits = (logits + distilled) / 2
+        return logits, logits
 
 
 class _Timer:

@@ -37,7 +37,8 @@ def cost(model: nn.Module, config: TrainConfig, *, steps: int, image_size: tuple
     """
     params = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    micro = config.micro_batch_size or config.batch_size // world
+    share = max(config.batch_size // world, 1)
+    micro = min(config.micro_batch_size or share, share)
     numbers = params + trained * (1 + STATES[config.optimizer]) + (params if config.ema_decay else 0)
     if config.strategy == "fsdp":
         numbers = -(-numbers // world)

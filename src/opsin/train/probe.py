@@ -628,7 +628,8 @@ def cross_validate(
     Returns:
         The best row, and all of them: {"method", "l2", "accuracy"}, of logistic regression also the "loss" of the
         judged images. Accuracy is top-1; with `multi_label` the mean average precision. Of equals the logistic one of
-        the lowest loss is the best, for its scores are the most apt; then the stronger l2. None where no image can be judged.
+        the lowest loss is the best, for its scores are the most apt; then the stronger l2. None where no image can be
+        judged.
     """
     data, order = _in_folds(features, targets, num_classes, multi_label, class_weights, folds, seed)
     table, best, _ = _cross_validate(data, order, max_iter, on_row)

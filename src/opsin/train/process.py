@@ -66,9 +66,10 @@ class Process:
         # of a tensor on the CPU, so that no GPU is waited for
         return flag if self.world == 1 else bool(self.total(torch.tensor(int(flag))).item())
 
-    def wait(self) -> None:
+    def broadcast(self, values: Tensor) -> None:
+        """The main process's values become everybody's."""
         if self.world > 1:
-            dist.barrier()
+            dist.broadcast(values, 0)
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def process(device: str = "auto") -> Iterator[Process]:
         ValueError: the device is not there.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world > 1 and device == "auto" and torch.cuda.is_available():
+    if world > 1 and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
         device = f"cuda:{os.environ.get('LOCAL_RANK', rank % torch.cuda.device_count())}"
     found = find_device(device)
     if world == 1:

@@ -12,11 +12,13 @@ runs/1/
   state/                              where the run stands; tensorboard/
 """
 
+import contextlib
 import copy
 import json
 import logging
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +49,7 @@ from opsin.train.augment import augment_of
 from opsin.train.config import TrainConfig
 from opsin.train.heads import new_head, preprocess_for
 from opsin.train.loader import Bad
-from opsin.train.loop import Model, Progress, Training, averaged, check_bad
+from opsin.train.loop import Model, Training, averaged, check_bad
 from opsin.train.lora import add_lora, merge
 from opsin.train.plan import Cost, cost, forward_flops, peak_flops
 from opsin.train.process import Process
@@ -66,9 +68,10 @@ class Summary:
 
     folder: Path
     finished: bool  # False: it was asked to stop; `--resume` goes on
-    top1: float | None  # of the best model on the held-out images; None without any
-    top5: float | None
-    num_bad: int
+    num_bad: int  # images to train on that could not be read
+    top1: float | None = None  # of the best model on the held-out images; None without any
+    top5: float | None = None
+    mean_average_precision: float | None = None  # instead of these, where an image may have several labels
 
 
 def next_folder(parent: Path) -> Path:
@@ -93,8 +96,25 @@ def begin(out: Path, config: TrainConfig, data: Sequence[str]) -> None:
     """
     if (out / "train.json").exists():
         raise TrainError(f"{out} holds a run. Go on with it: opsin train --resume {out}; or choose another --out.")
-    where = [path if "://" in path or not Path(path).exists() else str(Path(path).absolute()) for path in data]
+    where = [_absolute(path) for path in data]
+    init, teacher = (name if name is None else _absolute(name) for name in (config.init, config.teacher))
+    config = replace(config, init=init, teacher=teacher)
     files.write_json(out / "train.json", {"opsin": __version__, "data": where, "config": configs.to_dict(config)})
+
+
+def _absolute(path: str) -> str:
+    """A run may go on from another folder. Names that are no file here are ids of the hub, URLs, patterns."""
+    return str(Path(path).absolute()) if "://" not in path and Path(path).exists() else path
+
+
+def abandon(out: Path) -> None:
+    """Take back what `begin` and a start that failed have written, so that the folder can be used again."""
+    if not (out / "metrics.jsonl").exists() and not (out / "state").exists():
+        for name in ("train.json", "data.json", "environment.json", "held_out.txt"):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / "tensorboard", ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            out.rmdir()
 
 
 def go(
@@ -122,8 +142,8 @@ def go(
         log.warning("this CPU computes bf16 slower than fp32 (it has no AVX512-BF16 and no AMX): training in fp32.")
         config = replace(config, precision="fp32")
     samples = open_samples(data)
-    if samples.labels.multi_label and config.method not in ("probe", "fewshot"):
-        config = replace(config, loss="sigmoid")  # each class by itself, as the probe does too
+    if samples.labels.multi_label:
+        config = _for_several_labels(config)
     rows, val_rows = split(samples, config.holdout)
     _check_identity(out, samples, process)
     if process.is_main:
@@ -143,16 +163,18 @@ def go(
 
     built = build(config, samples.labels)
     model, preprocess = built.model, built.preprocess
-    if config.probe_head and not (out / "state").exists():
-        _set_head(built, config, samples, rows, process, cache, on_images)
     image_size = preprocess.image_size
+    states = StateFolder(out / "state", rank=process.rank, world=process.world)
+    if config.probe_head and states.newest() is None:
+        _set_head(built, config, samples, rows, process, cache, on_images, out)
     facts["flops_per_image"] = 3 * forward_flops(model, image_size)
     if config.method == "lora":
         add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha)
     steps = num_steps(config, len(rows))
+    config = _fitted(config, steps, image_size)
     metrics = Metrics(out, on_metrics) if process.is_main else None
 
-    def write_best(progress: Progress) -> None:
+    def write_best() -> None:
         _write_training(out, model, preprocess, samples.labels, process)
 
     model.to(process.device)
@@ -167,7 +189,7 @@ def go(
         steps=steps,
         image_size=image_size,
         process=process,
-        states=StateFolder(out / "state", rank=process.rank, world=process.world),
+        states=states,
         teacher=Teacher(config.teacher, samples.labels, process.device) if config.teacher else None,
         flops=facts["flops_per_image"],
         peak_flops=peak_flops(process.device, config.precision),
@@ -177,6 +199,10 @@ def go(
         stopping=stopping,
     )
     training.restore()
+    if training.progress.step == steps and (out / "evaluation.json").exists():
+        if metrics:
+            metrics.close()
+        return _finished(out, len(training.progress.bad))  # there is nothing left to do
     if metrics:
         metrics.forget_after(training.progress.step)
         params = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -188,13 +214,12 @@ def go(
         _write_training(out / "last", model, preprocess, samples.labels, process)
         if not len(val_rows):
             _write_training(out, model, preprocess, samples.labels, process)
-    summary = Summary(out, finished, None, None, len(training.progress.bad))
+    summary = Summary(out, finished, len(training.progress.bad))
     if process.is_main:
         assert metrics
         metrics.close()
         if finished:
             summary = _judge(out, summary, samples, val_rows, process.device, on_images)
-    process.wait()
     return summary
 
 
@@ -214,6 +239,34 @@ def read(out: Path) -> tuple[TrainConfig, list[str]]:
         raise TrainError(f"{path} is not what this opsin ({__version__}) writes: {error}.") from error
 
 
+def _for_several_labels(config: TrainConfig) -> TrainConfig:
+    if config.teacher:
+        raise TrainError("a teacher gives one class an image; these images may have several. Train without one.")
+    if config.method == "fewshot":
+        raise TrainError("few-shot heads are for one class an image; these may have several. Use --method probe.")
+    return replace(config, loss="sigmoid")  # each class by itself, as the probe does too
+
+
+def _fitted(config: TrainConfig, steps: int, image_size: tuple[int, int]) -> TrainConfig:
+    """The parts of a recipe that are made for its own length and image size, for those of this run."""
+    if config.warmup_steps > steps / 5:
+        log.warning("a warm-up of %d steps is too long for %d: it takes %d.", config.warmup_steps, steps, steps // 5)
+        config = replace(config, warmup_steps=steps // 5)
+    if config.phases and config.model is not None and image_size != config.model.image_size:
+        ratio = image_size[0] / config.model.image_size[0]
+        stride = config.model.stride
+        phases = tuple(
+            replace(
+                phase,
+                image_size=max(round(phase.image_size * ratio / stride), 1) * stride,
+                keep_tokens=None if phase.keep_tokens is None else max(round(phase.keep_tokens * ratio**2), 1),
+            )
+            for phase in config.phases
+        )
+        config = replace(config, phases=phases)
+    return config
+
+
 def num_steps(config: TrainConfig, num_images: int) -> int:
     if config.steps is not None:
         return config.steps
@@ -223,10 +276,12 @@ def num_steps(config: TrainConfig, num_images: int) -> int:
 
 def estimate(config: TrainConfig, labels: Labels, num_images: int, world: int) -> Cost:
     """What `--dry-run` prints."""
-    built = build(config, labels)
-    steps = num_steps(config, num_images)
     if config.method in ("probe", "fewshot"):
         raise TrainError("a probe has no steps to plan: it costs one forward pass of each image.")
+    steps = num_steps(config, num_images)
+    built = build(config, labels)
+    if config.method == "lora":
+        add_lora(built.model, rank=config.lora_rank, alpha=config.lora_alpha)
     return cost(built.model, config, steps=steps, image_size=built.preprocess.image_size, world=world)
 
 
@@ -279,6 +334,8 @@ def _from_scratch(config: TrainConfig, labels: Labels) -> Built:
         shape = replace(shape, image_size=(config.image_size, config.image_size))
     model: Model
     if isinstance(shape, ImagePerceiverConfig):
+        if config.dropout_rate or config.drop_path_rate:
+            raise TrainError("a Perceiver has no dropout and no stochastic depth: set both rates to 0.")
         model = ImagePerceiver(replace(shape, num_classes=len(labels)))
         head = model.decoder.out
     else:
@@ -339,6 +396,8 @@ def _judge(
     classifier = load(out, device=str(device))
     predictions = evaluate.predict(classifier, samples, val_rows, on_batch=on_images)
     logits, targets = predictions.logits[predictions.ok], samples.targets[val_rows][predictions.ok]
+    if not len(logits):
+        raise TrainError(f"none of the held-out images can be read; the first: {predictions.errors[0].message}")
     temperature = 1.0
     if len(logits) >= MIN_CALIBRATION:
         temperature = evaluate.fit_temperature(logits, targets, multi_label=samples.labels.multi_label)
@@ -347,7 +406,14 @@ def _judge(
     metrics = evaluate.metrics(logits / temperature, targets, samples.labels)
     facts = {"model": str(out), "images": "held out", "temperature": temperature}
     evaluate.report(out, metrics, predictions, facts=facts)
-    return replace(summary, top1=metrics.top1, top5=metrics.top5)
+    figures = {name: getattr(metrics, name) for name in ("top1", "top5", "mean_average_precision")}
+    return replace(summary, **figures)
+
+
+def _finished(out: Path, num_bad: int) -> Summary:
+    figures = files.read_json(out / "evaluation.json")
+    scores = {name: figures.get(name) for name in ("top1", "top5", "mean_average_precision")}
+    return Summary(out, True, num_bad, **scores)
 
 
 # ── probes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -372,20 +438,22 @@ def _probe(
     metrics.close()
     for folder in (out, out / "last"):
         checkpoints.write_portable(folder, built.model, built.preprocess, samples.labels)
-    return _judge(out, Summary(out, True, None, None, len(errors)), samples, val_rows, process.device, on_images)
+    return _judge(out, Summary(out, True, len(errors)), samples, val_rows, process.device, on_images)
 
 
 def _set_head(
     built: Built, config: TrainConfig, samples: Samples, rows: np.ndarray, process: Process, cache: Path | None,
-    on_images: Callable[[int, int], None], out: Path | None = None,
+    on_images: Callable[[int, int], None], out: Path,
 ) -> tuple[list[Record], list[Bad]]:  # fmt: skip
     """Solve for the last layer of a model, nothing else; says how it went, and what could not be read."""
     labels, model = samples.labels, built.model
     assert built.source is not None
     classifier = Classifier(Checkpoint(model, built.preprocess, labels, built.source), device=str(process.device))
-    found = probe.extract(classifier, samples, rows, cache=cache, on_batch=on_images)
+    found = probe.extract(
+        classifier, samples, rows, cache=cache, batch_size=min(config.batch_size, 256), on_batch=on_images
+    )
     bad = [Bad(*error) for error in found.errors]
-    if out is not None and bad:
+    if bad and process.is_main:
         _write_bad(out, bad)
     check_bad(bad, len(rows), config.max_bad)
     x, y = found.features[found.ok], samples.targets[rows][found.ok]
@@ -395,7 +463,7 @@ def _set_head(
         loss = evaluate.metrics(logits.numpy(), y, labels).loss
         history: list[Record] = [{"step": 1, "loss": loss}]
     else:
-        steps = config.steps if config.steps is not None or config.epochs is None else round(config.epochs)
+        steps = config.steps if config.steps is not None or config.epochs is None else max(round(config.epochs), 1)
         result = probe.probe(
             x,
             y,
@@ -407,7 +475,7 @@ def _set_head(
             lr=config.lr if config.method == "probe" else 1.0,
         )
         weight, bias, history = result.weight, result.bias, result.history
-        if out is not None:
+        if config.method == "probe":
             facts = {"solver": result.method, "l2": result.l2, "cv_accuracy": result.cv_accuracy, "tried": result.table}
             files.write_json(out / "probe.json", facts)
     head = _head(model)

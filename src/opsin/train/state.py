@@ -11,6 +11,7 @@ What it would add is going on with another number of processes.
 import contextlib
 import os
 import re
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
+from opsin.checkpoints.files import check_expansion
 from opsin.errors import TrainError
 
 State = dict[str, Any]
@@ -80,21 +82,30 @@ class StateFolder:
         found = self.folder.glob(f"step-*/rank-{self.rank}.pt")
         return sorted(int(m[1]) for path in found if (m := re.fullmatch(r"step-(\d+)", path.parent.name)))
 
+    def newest(self) -> int | None:
+        """The last step that every process has a state of."""
+        steps = self._steps()
+        if self.world > 1:
+            everyones: list[Any] = [None] * self.world
+            dist.all_gather_object(everyones, steps)
+            steps = sorted(set.intersection(*map(set, everyones)))
+        return steps[-1] if steps else None
+
     def load(self) -> State | None:
         """The newest state that every process has, or None where there is none.
 
         Raises:
             TrainError: another number of processes wrote it, or the file is damaged.
         """
-        steps = self._steps()
-        if self.world > 1:
-            everyones: list[Any] = [None] * self.world
-            dist.all_gather_object(everyones, steps)
-            steps = sorted(set.intersection(*map(set, everyones)))
-        if not steps:
+        for part in self.folder.glob(f"step-*/rank-{self.rank}.part"):
+            part.unlink()  # of a process that was killed while it wrote
+        step = self.newest()
+        if step is None:
             return None
-        path = self._path(steps[-1])
+        path = self._path(step)
         try:
+            with zipfile.ZipFile(path) as archive:
+                check_expansion(path, archive)
             state = torch.load(path, map_location="cpu", weights_only=True)
             world = state["world"]
         except Exception as error:  # a damaged file fails in torch in any way it likes
