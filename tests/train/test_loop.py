@@ -22,7 +22,8 @@ from opsin.train import loop
 from opsin.train.config import Phase
 from opsin.train.loader import Plan, drawn
 from opsin.train.loop import Training
-from train.conftest import NAMES, SHAPE, InMemory, pictures
+from opsin.train.process import Process
+from train.conftest import CONFIG, NAMES, SHAPE, InMemory, pictures
 
 Make = Callable[..., Training]
 
@@ -277,3 +278,57 @@ def test_16_bit_pictures_and_alpha_train_like_any_other(training: Make, samples:
     run = training()
     run.run()
     assert not run.bads  # type: ignore[attr-defined]
+
+
+def test_a_second_head_learns_with_the_first_where_nobody_teaches_it(training: Make) -> None:
+    """What is trained is what is used: the mean of the two."""
+    shape = replace(SHAPE, class_token=True, distillation_token=True, pool="token")
+    run = training(network=ViT(shape), steps=3)
+    model: Any = run.model.train()
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        for head in (model.head, model.head_dist):
+            head.weight.normal_()
+        used, (trained, _) = model(pixels), run.student.train()(pixels)
+    assert torch.allclose(used, trained, atol=1e-5)
+    before = weights(run)
+    run.run()
+    assert not torch.equal(model.head_dist.weight, before["head_dist.weight"])
+
+
+def test_dropping_tokens_never_drops_the_class_token(training: Make) -> None:
+    """Without layers the class token alone decides, so that every picture gets the same logits."""
+    shape = replace(SHAPE, class_token=True, pool="token", num_layers=0)
+    run = training(network=ViT(shape))
+    model: Any = run.model
+    with torch.no_grad():
+        model.cls_token.normal_()
+        model.head.weight.normal_()
+        logits, _ = run.student.train()(torch.randn(9, 3, 16, 16), 3, torch.Generator().manual_seed(0))
+    assert torch.allclose(logits, logits[:1].expand_as(logits), atol=1e-6)
+
+
+def test_an_overflow_in_fp16_steps_nothing(training: Make) -> None:
+    run = training(precision="fp16", optimizer="muon", ema_decay=0.9, steps=3, eval_every=3)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    before = weights(run)
+    run.run()
+    assert equal(weights(run), before)
+    assert run.ema
+    assert all(tensor.isfinite().all() for tensor in run.ema.state_dict().values())
+
+
+def test_a_run_that_was_stopped_writes_the_metrics_of_one_that_was_not(training: Make) -> None:
+    whole = training("whole", log_every=5, eval_every=12)
+    whole.run()
+    stopped = training("stopped", log_every=5, eval_every=12)
+    stopped.stopping = lambda: stopped.progress.step == 7
+    stopped.run()
+    resumed = training("stopped", log_every=5, eval_every=12)
+    resumed.run()
+    assert losses(stopped) + losses(resumed) == losses(whole)
+
+
+def test_more_processes_than_images_in_a_batch_are_refused(training: Make, samples: InMemory) -> None:
+    with pytest.raises(TrainError, match="batch_size 2 is not a multiple of 3 processes"):
+        replace(training(), process=Process(0, 3, torch.device("cpu")), config=replace(CONFIG, batch_size=2))

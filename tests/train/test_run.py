@@ -19,6 +19,8 @@ from opsin.labels import Labels
 from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.vit import ViT, ViTConfig
 from opsin.preprocess import PreprocessConfig
+from opsin.recipes import recipe
+from opsin.train.run import _fitted
 from train.conftest import NAMES
 
 FILES = {
@@ -355,3 +357,68 @@ def test_several_labels_an_image_from_a_table(photo_folder: Path, vit: str) -> N
         assert min(scores["coral"], scores["amber"]) > 0.5 > scores["blue"]
         found = json.loads(run("evaluate", table, "--model", said["run"]).stdout)
         assert found["mean_average_precision"] > 0.9
+
+
+def test_a_start_that_failed_leaves_the_folder_free(photo_folder: Path, vit: str) -> None:
+    run("train", "nowhere", "--out", "run", code=2)
+    run("train", photo_folder, "--model", "opsin/vit-tony", "--out", "run", code=4)
+    run("train", photo_folder, "--model", vit, "--out", "run")
+    run("train", "nowhere", code=2)
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_killed_before_its_first_state_was_whole_a_run_begins_again(photo_folder: Path, vit: str) -> None:
+    """With the head that the probe finds, as at first."""
+    short = ("--method", "finetune", "--steps", 2, "--workers", 0, "--batch-size", 8, "--set", "log_every=1")
+    run("train", photo_folder, "--model", vit, *short, "--out", "run")
+    before = [line["loss"] for line in metrics("run")]
+    (state,) = Path("run").glob("state/*/rank-0.pt")
+    state.rename(state.with_suffix(".part"))
+    run("train", "--resume", "run")
+    assert [line["loss"] for line in metrics("run")] == before
+    assert not list(Path("run").glob("state/*/*.part"))
+
+
+def test_a_finished_run_is_left_as_it_is(photo_folder: Path, vit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from another folder, though the model was named by a relative path."""
+    short = ("--method", "finetune", "--steps", 2, "--workers", 0, "--batch-size", 8)
+    said = json.loads(run("train", photo_folder, "--model", "vit", *short, "--out", "run").stdout)
+    before = (Path("run") / "model.safetensors").read_bytes()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    again = json.loads(run("train", "--resume", "../run").stdout)
+    assert again["top1"] == said["top1"]
+    assert (Path("../run") / "model.safetensors").read_bytes() == before
+
+
+def test_a_recipe_is_fitted_to_the_length_and_image_size_of_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    config = recipe("vit_tiny")
+    assert _fitted(config, 4500, (64, 64)) == config
+    fitted = _fitted(config, 100, (32, 32))
+    assert fitted.warmup_steps == 20
+    assert "a warm-up of 200 steps is too long for 100: it takes 20." in caplog.text
+    assert [(phase.image_size, phase.keep_tokens) for phase in fitted.phases] == [(24, 6), (32, 8)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("weight_decay=lots", "weight_decay is 0.05, a number, and cannot become 'lots'"),
+        ("mixup=-1", "mixup is -1; it must be a number from 0 on"),
+        ("rand_augment=[2,40]", "magnitude from 0 to 30"),
+        ("phases=[{}]", "phases is [{}]; it is"),
+        ("holdout=0.9", "at most half of the images can be held out"),
+        ("label_smoothing=2", "it is a share, from 0 to 1"),
+        ("model.num_layers=3", "model is None and has no parts"),
+        ("compile=1", "compile is False and cannot become 1"),
+    ],
+)
+def test_settings_that_cannot_be(setting: str, message: str, photo_folder: Path) -> None:
+    assert message in run("train", photo_folder, "--method", "finetune", "--set", setting, code=2).stderr
+
+
+def test_phases_can_be_set(photo_folder: Path) -> None:
+    phases = 'phases=[{"share": 0.5, "image_size": 32}]'
+    plan = json.loads(run("train", photo_folder, "--method", "pretrain", "--set", phases, "--dry-run").stdout)
+    assert plan["config"]["phases"] == [{"share": 0.5, "image_size": 32, "keep_tokens": None}]
+    assert "a probe has no steps to plan" in run("train", photo_folder, "--dry-run", code=1).stderr
