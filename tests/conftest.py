@@ -18,7 +18,7 @@ from opsin.pipeline import Classifier
 from opsin.preprocess import PreprocessConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 # timm and, where it is installed, transformers import torchvision, whose compiled part does not load beside a torch of
 # another build (the CPU's). Of its operators, which no test calls, the declarations then suffice.
