@@ -282,8 +282,9 @@ SMALL = {
     "warmup_steps": 200, "ema_decay": 0.995, "min_crop_area": 0.35, "label_smoothing": 0.1, "clip_norm": 1.0,
 }  # fmt: skip
 PHOTOS = {
-    "init": "opsin/vit-tiny", "optimizer": "adamw", "batch_size": 64, "epochs": 20, "label_smoothing": 0.1,
-    "min_crop_area": 0.35, "weight_decay": 0.05, "ema_decay": None, "precision": "bf16",
+    "init": "opsin/vit-tiny", "optimizer": "adamw", "batch_size": 64, "epochs": 15, "label_smoothing": 0.1,
+    "min_crop_area": 0.25, "weight_decay": 0.05, "ema_decay": 0.98, "precision": "bf16", "rand_augment": (2, 9),
+    "mixup": 0.2, "probe_head": True,
 }  # fmt: skip
 
 
@@ -316,7 +317,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "finetune_imagenet_384": TABLE4 | {"steps": 20_000, "warmup_steps": 500, "lr": 0.03, "holdout": 0.01},
     "finetune_cifar": TABLE4 | {"steps": 10_000, "warmup_steps": 500, "lr": 0.01, "holdout": 0.02},
     "finetune_pets": TABLE4 | {"steps": 500, "warmup_steps": 100, "lr": 0.01, "holdout": 0.1},
-    "photos": PHOTOS | {"method": "finetune", "lr": 3e-4, "layer_decay": 0.75},
+    "photos": PHOTOS | {"method": "finetune", "lr": 5e-4, "layer_decay": 0.85},
     "lora": PHOTOS | {"method": "lora", "lr": 2e-3, "layer_decay": 1.0},
     "linear_probe": {"method": "probe", "init": "opsin/vit-tiny"},
     "few_shot": {"method": "fewshot", "init": "opsin/vit-tiny"},

@@ -62,6 +62,7 @@ def test_it_learns_and_says_so(training: Make) -> None:
     ],
     ids=["adamw-ema-mix", "muon-dropout", "lamb-phases", "sgd-bf16-workers"],
 )
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # of JAX, which other tests load and no worker uses
 def test_resumed_run_equals_the_uninterrupted_one(
     training: Make, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ VIDEO_MODEL = "deepmind/multimodal-perceiver"
 
 # class of a loaded model: what it does, and the commands that take it
 TASKS = {
-    "Classifier": ("classifies images", ("classify", "embed", "evaluate", "train")),
+    "Classifier": ("classifies images", ("classify", "embed")),
     "TextModel": ("fills gaps in text", ("fill-mask",)),
     "FlowModel": ("measures motion between two images", ("flow",)),
     "VideoModel": ("rebuilds video with sound", ("autoencode",)),

@@ -438,8 +438,8 @@ def evaluate_command(
         )
     try:
         samples = open_samples(list(data), split=split)
-        second = load_model("evaluate", model=against, **options | {"revision": None}) if against else None
-        classifier = load_model("evaluate", model=model, **options)
+        second = load_model("classify", model=against, **options | {"revision": None}) if against else None
+        classifier = load_model("classify", model=model, **options)
         if calibrate and classifier.source.format not in ("opsin", "transformers"):
             raise ModelError(f"{model} is a {classifier.source.format} model, which opsin reads and does not write.")
         if classifier.labels is None:
