@@ -10,8 +10,8 @@ Cost: three forward passes of steps · 512 images, counted in matrix products on
 Expected: top-1 of ViT-L/16 from ImageNet-21k. At 384 pixels: Table 5 (CIFAR-10 and Pets here; CIFAR-100 93.44, Flowers
 99.61). ImageNet at 224: the release's README. `photos` and `lora`: no published figure.
 Measured: the paper's not measured here: no ImageNet and no such checkpoint at hand.
-Measured: `photos`: 89.1 % on 92 held-out photos of Caltech-101's first ten of twelve classes, 40 s on two CPU cores; 72.0 % on
-250 of ten Tiny-ImageNet classes, 6 minutes; probes of the same: 88.0 % and 72.8 %. See docs/results.md.
+Measured: `photos`: 89.1 % on 92 held-out photos of ten Caltech-101 classes, 40 s on two CPU cores; 72.0 % on 250
+of ten Tiny-ImageNet classes, 6 minutes; probes of the same: 88.0 % and 72.8 %. See docs/results.md.
 Measured: `lora`: 89.1 % on the former, 38 s.
 
     recipe                   steps    GMAC  exaFLOP  H100 hours  expected

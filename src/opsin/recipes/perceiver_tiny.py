@@ -9,8 +9,8 @@ steps at 48 pixels and 96 of 144 tokens, 24 % at 64 pixels and 160 of 256, the r
     perceiver_tiny    5,929,740      0.76
 
 Expected: about the 36.1 % of the weights in the package.
-Measured on the 5,000 held-out images: 36.1 % top-1, 64.0 % top-5, by the weights in the package, which the first form of
-this recipe gave (crops that were not antialiased). Not run again in this form.
+Measured on the 5,000 held-out images: 36.1 % top-1, 64.0 % top-5, by the weights in the package, which the first form
+of this recipe gave (crops that were not antialiased). Not run again in this form.
 Where the sources disagree: nothing is published of this model. Muon and AdamW for it, and not the LAMB of
 `perceiver_*_in1k`, so that the two embedded models are trained alike.
 """
