@@ -12,9 +12,9 @@ Expected: about the 41.1 % of the weights in the package, of a run of 3,600 such
 Measured on the 5,000 held-out images: 41.0 % top-1, 67.0 % top-5 (seed 0, from scratch, calibrated fp32 weights). On
 the way 14.3 % after 500 steps, 23.6 % after 1,000, 32.7 % after 2,000, 37.8 % after 3,000, 40.9 % after 4,000. Another
 1,200 steps from there (`--model runs/1/last --steps 1200 --lr 1e-3 --set muon_lr=1.5e-3 --set warmup_steps=50`) gave
-40.7 %: the training loss still falls, to 2.33, and the held-out loss no more. It is not steps that are missing but variety.
-So the package keeps the weights that it had (41.1 %, 67.9 %): trained by the first form of this recipe, 9.7 epochs with
-crops that were not antialiased.
+40.7 %: the training loss still falls, to 2.33, and the held-out loss no more. It is not steps that are missing but
+variety. So the package keeps the weights that it had (41.1 %, 67.9 %): trained by the first form of this recipe, 9.7
+epochs with crops that were not antialiased.
 Where the sources disagree: nothing is published of this model; its parts are Muon (Jordan et al. 2024), PatchDropout
 (Liu et al. 2023), and learned positions that begin as sine and cosine, which saves the first epochs.
 """
