@@ -252,6 +252,7 @@ class Report:
         self.config, self.bar, self.silent = config, bar, silent
         self.steps = self.first = 0
         self.started = self.said = time.monotonic()
+        self.seen, self.images_from = 0, (self.started, 0)  # of a pass over images: so many, since when, from how many
         self.task = None if bar is None else bar.add_task("", total=None)
 
     def start(self, facts: dict[str, Any]) -> None:
@@ -268,7 +269,10 @@ class Report:
         say(text)
 
     def images(self, done: int, total: int) -> None:
-        rate = done / max(time.monotonic() - self.started, 1e-9)
+        if done <= self.seen or not self.seen:  # the first batch of a pass: what follows is timed
+            self.images_from = time.monotonic(), done
+        (start, before), self.seen = self.images_from, done
+        rate = max(done - before, 1) / max(time.monotonic() - start, 1e-3)
         self.show(done, total, f"{done:,} of {total:,} images, {rate:.0f} images/s, ETA {span((total - done) / rate)}")
 
     def metrics(self, record: dict[str, Any]) -> None:
