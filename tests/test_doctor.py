@@ -281,7 +281,7 @@ def test_extension_that_contradicts_the_bytes() -> None:
         ("c.tar::d/e.png", "WebP under the name of .png", ()),
     ]
     assert {f".{extension}" for names in doctor._EXTENSIONS.values() for extension in names.split()} == IMAGE_EXTENSIONS
-    assert doctor._EXTENSIONS.keys() == doctor._READERS.keys()
+    assert doctor._EXTENSIONS.keys() == doctor.READERS.keys()
 
 
 def test_leaks_between_splits() -> None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from opsin.data.samples import Samples, split
 from opsin.errors import ImageError, ImageUnreadable
-from opsin.preprocess import _READERS, IMAGE_EXTENSIONS, MAX_PIXELS, _avif_reader, _heic_reader, _orientation, decode
+from opsin.preprocess import IMAGE_EXTENSIONS, MAX_PIXELS, READERS, avif_reader, decode, exif_orientation, heic_reader
 
 TINY = 32  # pixels; a shorter side below it
 THIN = 5  # longer side over shorter
@@ -293,16 +293,18 @@ _MODES = {
 def _header_notes(stream: Any, key: str) -> list[tuple[str, str]]:
     """What the file says of itself, beside its pixels; `decode` has read it before."""
     head, notes = stream.read(64), []
-    kind = next(kind for kind, (signature, _) in _READERS.items() if signature.match(head))
+    kind = next(kind for kind, (signature, _) in READERS.items() if signature.match(head))
     suffix = PurePosixPath(key.rsplit("::", 1)[-1]).suffix.lower()
     if suffix in IMAGE_EXTENSIONS and suffix[1:] not in _EXTENSIONS[kind].split():
         notes.append(("extension", f"{kind} under the name of {suffix}"))
-    reader = _READERS[kind][1] or {"AVIF": _avif_reader, "HEIC": _heic_reader}[kind](key)
+    reader = READERS[kind][1] or {"AVIF": avif_reader, "HEIC": heic_reader}[kind](key)
     stream.seek(0)
     with reader(stream, "") as image:
         # of a PNG the chunks before the pixels: to see those behind, Pillow would decode it once more
         turned = (
-            1 if kind == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys() else _orientation(image)
+            1
+            if kind == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()
+            else exif_orientation(image)
         )
         if turned in _TURNS:
             notes.append(("turned", f"EXIF orientation {turned}: stored {_TURNS[turned]}"))

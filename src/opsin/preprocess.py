@@ -82,7 +82,7 @@ def is_image_name(path: str | os.PathLike[str]) -> bool:
 
 # Format: its first bytes, and Pillow's reader. Formats without a signature (TGA) would take noise for a picture, and
 # EPS runs a program: neither is here. The JPEG reader takes the first picture of an MPO too, which is the photo.
-_READERS: dict[str, tuple[re.Pattern[bytes], type[ImageFile.ImageFile] | None]] = {
+READERS: dict[str, tuple[re.Pattern[bytes], type[ImageFile.ImageFile] | None]] = {
     kind: (re.compile(signature, re.DOTALL), reader)
     for kind, signature, reader in (
         ("JPEG", rb"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
@@ -171,13 +171,13 @@ def _from_path(path: str, max_pixels: int) -> Image.Image:
 
 def _from_stream(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     head = stream.read(64)
-    kind = next((kind for kind, (signature, _) in _READERS.items() if signature.match(head)), None)
+    kind = next((kind for kind, (signature, _) in READERS.items() if signature.match(head)), None)
     if kind is None:
-        begin = f"it begins with {head[:12]!r}, as none of {', '.join(_READERS)} does" if head else "it is empty"
+        begin = f"it begins with {head[:12]!r}, as none of {', '.join(READERS)} does" if head else "it is empty"
         raise NotAnImage(f"{name}: not an image: {begin}.")
-    reader = _READERS[kind][1]
+    reader = READERS[kind][1]
     if reader is None:
-        reader = _heic_reader(name) if kind == "HEIC" else _avif_reader(name)
+        reader = heic_reader(name) if kind == "HEIC" else avif_reader(name)
 
     def read() -> Image.Image:
         if kind == "WebP":  # whose reader allocates the whole canvas on opening
@@ -229,7 +229,7 @@ def _upright_rgb(read: Callable[[], Image.Image], name: str, kind: str, max_pixe
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             with _pillow_limit(max_pixels):
                 image = read()
-        orientation = _orientation(image)
+        orientation = exif_orientation(image)
         image = _rgb(image)
         if orientation in _UPRIGHT:
             image = image.transpose(_UPRIGHT[orientation])
@@ -241,7 +241,7 @@ def _upright_rgb(read: Callable[[], Image.Image], name: str, kind: str, max_pixe
         raise _image_error(error, name, kind, max_pixels) from error
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(0x0112, 1)
     except Exception:
@@ -316,7 +316,7 @@ def _pillow_limit(max_pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _avif_reader(name: str) -> type[ImageFile.ImageFile]:
+def avif_reader(name: str) -> type[ImageFile.ImageFile]:
     try:
         from PIL import AvifImagePlugin
     except ImportError as error:
@@ -326,7 +326,7 @@ def _avif_reader(name: str) -> type[ImageFile.ImageFile]:
     return AvifImagePlugin.AvifImageFile
 
 
-def _heic_reader(name: str) -> type[ImageFile.ImageFile]:
+def heic_reader(name: str) -> type[ImageFile.ImageFile]:
     try:
         from pillow_heif import HeifImageFile
     except ImportError as error:

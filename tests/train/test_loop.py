@@ -83,7 +83,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     with pytest.raises(KeyboardInterrupt):
         cut.run()
     monkeypatch.undo()
-    cut.states.close()
+    cut.states.wait()
 
     resumed = training("cut", **changes)
     assert resumed.progress.step == 4

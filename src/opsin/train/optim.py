@@ -2,13 +2,12 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opsin.errors import TrainError
 from opsin.train.config import TrainConfig
 
 # ── parameter groups ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -297,25 +296,6 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors themselves, by the model's names for them."""
         return dict(self.shadow)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """
-        Raises:
-            TrainError: names or shapes are not those of this model.
-        """
-        if state.keys() != self.shadow.keys():
-            differing = sorted(state.keys() ^ self.shadow.keys())
-            raise TrainError(
-                f"the saved average is of another model: {len(differing)} of its tensors are on one side only, "
-                f"first {differing[0]}. Resume with the configuration of the run."
-            )
-        for name, tensor in self.shadow.items():
-            if state[name].shape != tensor.shape:
-                raise TrainError(
-                    f"the saved average is of another model: {name} has shape {tuple(state[name].shape)}, here "
-                    f"{tuple(tensor.shape)}. Resume with the configuration of the run."
-                )
-            tensor.copy_(state[name])
 
 
 def _floats(model: nn.Module) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from opsin import __version__, checkpoints, evaluate, plots
 from opsin.checkpoints import Checkpoint, Source, files
+from opsin.checkpoints.reader import EMBEDDED
 from opsin.data import open_samples
 from opsin.data.samples import Samples, split
 from opsin.device import has_bf16
@@ -103,8 +104,8 @@ def begin(out: Path, config: TrainConfig, data: Sequence[str]) -> None:
 
 
 def _absolute(path: str) -> str:
-    """A run may go on from another folder. Names that are no file here are ids of the hub, URLs, patterns."""
-    return str(Path(path).absolute()) if "://" not in path and Path(path).exists() else path
+    """A run may go on from another folder. What is no file here is a name, a URL or a pattern."""
+    return path if path in EMBEDDED or "://" in path or not Path(path).exists() else str(Path(path).absolute())
 
 
 def abandon(out: Path) -> None:

@@ -56,10 +56,6 @@ class StateFolder:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def close(self) -> None:
-        self.wait()
-        self._pool.shutdown()
-
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}" / f"rank-{self.rank}.pt"
 
