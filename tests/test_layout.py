@@ -17,7 +17,7 @@ ROWS = [
     {"cli"},
     {"compat", "recipes"},
     {"train"},
-    {"evaluate", "doctor"},
+    {"bench", "evaluate", "doctor"},
     {"pipeline", "results", "plots"},
     {"text", "flow", "video"},
     {"checkpoints", "data", "engine"},

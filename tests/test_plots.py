@@ -13,7 +13,7 @@ from PIL import Image
 from opsin import plots
 from opsin.errors import MissingExtra
 from opsin.labels import Labels
-from opsin.plots import Bin, confusion, curves, reliability, worst_pairs
+from opsin.plots import Bin, bars, confusion, curves, reliability, worst_pairs
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -199,10 +199,49 @@ def test_reliability_shows_the_bins(tmp_path: Path, drawn: list[Any]) -> None:
     reliability(tmp_path / "r.png", BINS[:1], 0.0)
 
 
+SPEEDS: list[dict[str, Any]] = [
+    {"name": name, "precision": precision, "images_per_s": rate, "images_per_s_quartiles": [0.9 * rate, 1.1 * rate],
+     "ratio": rate / 20}
+    for name, precision, rate in [
+        ("opsin plain", "fp32", 20.0), ("opsin", "fp32", 35.25), ("opsin", "int8", 1234.0), ("openvino", "fp32", 3.456),
+    ]
+]  # fmt: skip
+
+
+def test_bars_show_the_contenders(tmp_path: Path, drawn: list[Any]) -> None:
+    bars(tmp_path / "b.png", SPEEDS, title="$a model\nand a machine", baseline="opsin plain fp32")
+    image = pixels(tmp_path / "b.png")
+    for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
+        assert (edge == 255).all(), "something is cut at the edge"
+    [axes] = drawn[0].axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["opsin plain", "opsin", "openvino", "opsin"]  # by precision
+    assert [patch.get_width() for patch in axes.patches] == [20.0, 35.25, 3.456, 1234.0]
+    at = [patch.get_y() + patch.get_height() / 2 for patch in axes.patches]
+    assert at == pytest.approx(axes.get_yticks())
+    assert at == sorted(at)
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first is not on top"
+    plain, own, other, int8 = (patch.get_facecolor() for patch in axes.patches)
+    assert own == int8
+    assert len({plain, own, other}) == 3
+    assert other[0] == other[1] == other[2], "another library is not grey"
+    assert [line.get_xdata().tolist() for line in axes.get_lines()][1] == pytest.approx([31.725, 38.775])
+    assert texts(drawn[0]) == ["fp32", "20.0   1.00×", "35.2   1.76×", "3.46   0.17×", "int8", "1,234   61.7×"]
+    assert axes.get_xlabel() == "images/s, and × opsin plain fp32"
+    assert axes.get_title(loc="left") == "$a model\nand a machine"
+
+
+def test_bars_of_nothing(tmp_path: Path) -> None:
+    bars(tmp_path / "b.png", SPEEDS[:1], title="", baseline="opsin plain fp32")
+    with pytest.raises(ValueError, match="no contenders: there is nothing to draw"):
+        bars(tmp_path / "b.png", [], title="", baseline="")
+
+
 DRAW: dict[str, Callable[[Path], None]] = {
     "curves": lambda path: curves(path, ROWS),
     "confusion": lambda path: confusion(path, counts(3), ["a", "b", "c"]),
     "reliability": lambda path: reliability(path, BINS, 0.2),
+    "bars": lambda path: bars(path, SPEEDS, title="a model", baseline="opsin plain fp32"),
 }
 
 

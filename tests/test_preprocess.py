@@ -4,6 +4,7 @@ import dataclasses
 import http.server
 import io
 import json
+import math
 import os
 import random
 import struct
@@ -19,13 +20,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from opsin import preprocess
 from opsin.checkpoints.processors import read_hf, read_timm, write_hf
 from opsin.errors import ImageCorrupt, ImageError, ImageNotFound, ImageTooLarge, ImageUnreadable, NotAnImage
-from opsin.preprocess import PreprocessConfig, decode, is_image_name
+from opsin.preprocess import Drift, PreprocessConfig, decode, drift, is_image_name
 
 NOISE = np.random.default_rng(0).integers(0, 256, (7, 11, 3), np.uint8)
 PICTURE = Image.fromarray(NOISE)
@@ -92,8 +96,8 @@ def test_16_bit_grey_is_scaled_not_clipped(kind: str, order: str) -> None:
         source: Any = b"P5 4 2 65535\n" + values.astype(">u2").tobytes()
     else:
         source = encoded(image, kind)
-    for given in (source, image, values.astype(f"{order}u2"), torch.from_numpy(values)):
-        assert np.array_equal(array(given), np.dstack([expected] * 3))
+    for form in (source, image, values.astype(f"{order}u2"), torch.from_numpy(values)):
+        assert np.array_equal(array(form), np.dstack([expected] * 3))
 
 
 def test_12_bit_tiff_is_scaled_from_12_bits() -> None:
@@ -525,6 +529,347 @@ def test_pixels_are_float32_contiguous_and_the_bytes_are_bytes() -> None:
 def test_pillow_limit_is_passed_through() -> None:
     with pytest.raises(ImageTooLarge):
         PreprocessConfig()(PICTURE, max_pixels=76)
+
+
+# ── load: the quick way from a JPEG ──────────────────────────────────────────────────────────────────────────────────
+
+ROOT = Path(__file__).parent.parent
+COFFEE = Image.open(ROOT / "examples" / "photos" / "coffee.png").convert("RGB")
+AS_IT_IS = PreprocessConfig(size=None)
+KINDS: tuple[Any, Any] = ("exact", "fast")
+JPEGS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
+    "4:4:4": ((61, 47), {"subsampling": 0, "quality": 95}),
+    "4:2:2": ((61, 47), {"subsampling": 1, "quality": 75}),
+    "4:2:0": ((61, 47), {"subsampling": 2, "quality": 90}),
+    "4:2:0 low": ((160, 113), {"subsampling": 2, "quality": 12}),
+    "progressive": ((97, 83), {"progressive": True}),
+    "restarts": ((97, 83), {"restart_marker_blocks": 3}),
+    "rgb": ((53, 31), {"keep_rgb": True, "subsampling": 0}),
+    "one pixel": ((1, 1), {}),
+    "tall": ((1, 203), {}),
+    "wide": ((203, 2), {}),
+}
+CONFIGS: dict[str, PreprocessConfig] = {
+    "squash": PreprocessConfig(size=(23, 29)),
+    "as it is": AS_IT_IS,
+    "cropped": PreprocessConfig(size=None, crop_size=(31, 37)),
+    "crop": PreprocessConfig(size=37, crop_size=(31, 29), crop_rounding="half_even"),
+    "bicubic crop": PreprocessConfig.timm_crop(31),
+    "enlarged": PreprocessConfig(size=(201, 203)),
+    "source crop": PreprocessConfig(source_crop=(0.875, 0.75), size=(23, 29)),
+    "bicubic source crop": PreprocessConfig(source_crop=(0.875, 0.75), size=(23, 29), resample="bicubic"),
+    "source crop alone": PreprocessConfig(source_crop=(0.5, 0.75), size=None),
+    "lanczos": PreprocessConfig(size=(23, 29), resample="lanczos"),
+    "nearest": PreprocessConfig(size=(23, 29), resample="nearest"),
+    "tensorflow": PreprocessConfig.jax_squash((23, 29)),
+    "opencv": PreprocessConfig.deepmind_perceiver((23, 29)),
+}
+
+
+def jpeg(size: tuple[int, int], mode: str = "RGB", orientation: int = 1, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(COFFEE.resize(size).convert(mode), "JPEG", exif=exif.tobytes(), **options)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that simplejpeg gives in this test."""
+    shapes: list[tuple[int, ...]] = []
+    original = simplejpeg.decode_jpeg
+
+    def decode_jpeg(*args: Any, **kwargs: Any) -> np.ndarray:
+        pixels = original(*args, **kwargs)
+        shapes.append(pixels.shape)
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decode_jpeg)
+    return shapes
+
+
+def outcome(function: Callable[[bytes], np.ndarray], data: bytes) -> Any:
+    """What it gives, as a list, or the error that it raises."""
+    try:
+        return function(data).tolist()
+    except ImageError as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(("size", "options"), JPEGS.values(), ids=JPEGS)
+def test_turbo_decodes_as_pillow(
+    size: tuple[int, int], options: dict[str, Any], mode: str, decoded: list[tuple[int, ...]]
+) -> None:
+    data = jpeg(size, mode, **options)
+    pixels, (width, height) = AS_IT_IS.load(data)
+    assert np.array_equal(pixels, array(data)) and pixels.flags.c_contiguous
+    assert (width, height) == size and decoded == [(height, width, 3)]
+
+
+@pytest.mark.parametrize("subsampling", ["440", "411"])
+def test_other_samplings_and_cmyk_are_pillows(subsampling: str, decoded: list[tuple[int, ...]]) -> None:
+    for data in (
+        simplejpeg.encode_jpeg(np.array(COFFEE.resize((61, 47))), colorsubsampling=subsampling),
+        jpeg((61, 47), "CMYK"),
+    ):
+        assert np.array_equal(AS_IT_IS.load(data)[0], array(data))
+    assert not decoded
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_load_is_decode_then_resize(
+    config: PreprocessConfig, orientation: int, decoded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess, "LARGE_PIXELS", 121 * 97)
+    data = jpeg((121, 97), orientation=orientation)
+    upright = decode(data)
+    expected = config.resize(upright)
+    exact, size = config.load(data, exact_resize=True)
+    assert np.array_equal(exact, expected) and exact.dtype == expected.dtype and exact.flags.c_contiguous
+    assert size == upright.size == ((97, 121) if 5 <= orientation <= 8 else (121, 97))
+    pixels, size = config.load(data)
+    assert size == upright.size and pixels.dtype == expected.dtype and pixels.flags.c_contiguous
+    assert np.abs(pixels.astype(np.float32) - expected).max() <= (config.resample == "bilinear" and config.antialias)
+    assert [shape[2] for shape in decoded[:1]] == [3 if config.size is None or not config.antialias else 4]
+    assert len(decoded) == 2, "Pillow decoded"
+    monkeypatch.setattr(preprocess, "LARGE_PIXELS", 121 * 97 + 1)
+    assert np.array_equal(config.load(data, exact_resize=True)[0], expected)
+    assert len(decoded) == (3 if decoded[0][2] == 3 else 2), "Pillow resizes small ones of its own sooner"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    shrink=st.tuples(st.floats(preprocess.QUICK_SHRINK, 12), st.floats(preprocess.QUICK_SHRINK, 12)),
+    turn=st.sampled_from(sorted(preprocess._TURNED, key=str)),
+    hard=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_torch_resizes_within_one_of_pillow(
+    width: int, height: int, shrink: tuple[float, float], turn: Any, hard: bool, seed: int
+) -> None:
+    """On noise, grey and black-and-white: the worst that a picture can be."""
+    shape = (math.ceil(height * shrink[0]), math.ceil(width * shrink[1]), 3)
+    noise = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    if hard:
+        noise = np.where(noise < 128, 0, 255).astype(np.uint8)
+    image = Image.fromarray(noise)
+    upright = preprocess._TURNED[turn](noise)
+    assert np.array_equal(upright, np.asarray(image if turn is None else image.transpose(turn)))
+    size = (height, width) if upright.shape == shape else (width, height)
+    expected = PreprocessConfig(size=size).resize(Image.fromarray(np.ascontiguousarray(upright)))
+    assert np.abs(preprocess._resize_torch(upright, size).astype(int) - expected).max() <= 1
+
+
+def test_most_bytes_of_a_photo_are_pillows() -> None:
+    data = encoded(COFFEE, "JPEG")
+    differing = PreprocessConfig().load(data)[0] != PreprocessConfig().resize(decode(data))
+    assert 0 < differing.mean() < 5e-3
+
+
+def test_load_takes_every_kind_of_source(tmp_path: Path, site: str) -> None:
+    data = encoded(PICTURE, "JPEG")
+    path = tmp_path / "misnamed.txt"
+    path.write_bytes(data)
+    pixels = array(data)
+    sources: list[Any] = [path, str(path), data, bytearray(data), memoryview(data), Image.open(path), pixels]
+    for source in sources:
+        got, size = AS_IT_IS.load(source)
+        assert np.array_equal(got, pixels) and size == (11, 7)
+    for other in (f"{site}/picture.png", encoded(PICTURE, "PNG"), torch.from_numpy(NOISE).permute(2, 0, 1)):
+        assert np.array_equal(AS_IT_IS.load(other)[0], NOISE)
+    stream = AS_IT_IS.load(encoded(PICTURE, "MPO", save_all=True, append_images=[PICTURE]))[0]
+    assert np.array_equal(stream, pixels)
+
+
+@pytest.mark.parametrize(("source", "error", "message"), BAD.values(), ids=BAD)
+def test_load_raises_as_decode(source: Any, error: type[ImageError], message: str) -> None:
+    with pytest.raises(error, match=f"(?i){message}") as caught:
+        PreprocessConfig().load(source)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}], ids=str)
+def test_damage_is_judged_by_pillow(options: dict[str, Any]) -> None:
+    """Bytes changed, cut off, put in or put behind: the same pixels or the same error as `decode`."""
+    whole, draw = jpeg((61, 47), **options), random.Random(0)
+    outcomes = []
+    for _ in range(60):
+        data = bytearray(whole)
+        place = draw.randrange(3, len(data))
+        data[place : place + draw.randrange(3)] = draw.randbytes(draw.randrange(3))
+        for broken in (
+            bytes(data),
+            whole[:place],
+            whole[: len(whole) - draw.randrange(4)],
+            whole + bytes(data[place:]),
+        ):
+            outcomes.append(outcome(array, broken))
+            assert outcome(lambda data: AS_IT_IS.load(data)[0], broken) == outcomes[-1]
+    raised = [found for found in outcomes if isinstance(found, tuple)]
+    assert 60 < len(raised) < 180 and {error for error, _ in raised} <= {ImageCorrupt, NotAnImage}
+
+
+def test_large_jpegs_are_refused_before_they_are_decoded(decoded: list[tuple[int, ...]]) -> None:
+    data = bytearray(jpeg((61, 47)))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 20_000, 10_000)
+    for kind in KINDS:
+        with pytest.raises(ImageTooLarge, match=r"10000 × 20000 = 200,000,000 pixels; the limit is 178,956,970"):
+            PreprocessConfig().load(bytes(data), decode=kind)
+        with pytest.raises(ImageTooLarge, match="2,867 pixels; the limit is 2,866"):
+            PreprocessConfig().load(jpeg((61, 47)), max_pixels=2866, decode=kind)
+    assert not decoded
+    assert PreprocessConfig().load(jpeg((61, 47)), max_pixels=2867)[1] == (61, 47)
+
+
+@pytest.mark.parametrize("wrong", [None, RuntimeError("no"), MemoryError(), np.zeros((5, 7, 3), np.uint8)], ids=repr)
+def test_without_simplejpeg_the_pixels_are_the_same(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = jpeg((121, 97), orientation=6)
+    expected = [config.load(data, exact_resize=True)[0] for config in CONFIGS.values()]
+
+    def decode_jpeg(*args: Any, **kwargs: Any) -> np.ndarray:
+        if isinstance(wrong, Exception):
+            raise wrong
+        return wrong
+
+    if wrong is None:
+        monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    else:
+        monkeypatch.setattr(simplejpeg, "decode_jpeg", decode_jpeg)
+    for kind in KINDS:
+        for config, pixels in zip(CONFIGS.values(), expected, strict=True):
+            assert np.array_equal(config.load(data, decode=kind)[0], pixels)
+
+
+def test_thin_jpegs() -> None:
+    data = encoded(Image.new("RGB", (1, 60_000), "#804020"), "JPEG")
+    for config in (PreprocessConfig.timm_crop(224), PreprocessConfig(size=64, crop_size=(80, 48))):
+        for kind in KINDS:
+            assert np.array_equal(config.load(data, decode=kind)[0], config.resize(decode(data)))
+    with pytest.raises(ImageTooLarge, match="1 × 60000 pixels: with the shorter edge at 248 the longer would be 14,88"):
+        PreprocessConfig(size=248).load(data)
+
+
+def test_many_threads_load_the_same() -> None:
+    files = [jpeg((121, 97), orientation=orientation) for orientation in (1, 3, 6)] * 20
+    for config in (PreprocessConfig(size=(23, 29)), PreprocessConfig.timm_crop(31)):
+        expected = [config.load(data)[0] for data in files[:3]] * 20
+        with ThreadPoolExecutor(8) as pool:
+            for one, (got, _) in zip(expected, pool.map(config.load, files), strict=True):
+                assert np.array_equal(got, one)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "columns"),
+    [
+        (PreprocessConfig(size=(23, 20)), 51, 76),
+        (PreprocessConfig(size=(48, 49)), 101, 151),
+        (PreprocessConfig(size=48, resample="bicubic"), 101, 151),
+        (PreprocessConfig.timm_crop(48), 202, 301),
+        (PreprocessConfig(source_crop=(0.875, 0.75), size=(33, 40)), 202, 301),
+    ],
+    ids=["eighth", "squash", "bicubic", "timm", "source crop"],
+)
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_fast_reads_a_part_and_drifts_little(
+    config: PreprocessConfig, rows: int, columns: int, orientation: int, decoded: list[tuple[int, ...]]
+) -> None:
+    """Sides that no eighth divides, so that what is rounded up must not stretch the picture.
+
+    At the edge of a source crop the filter sees a little of what lies beyond.
+    """
+    data = jpeg((601, 403), orientation=orientation, quality=90)
+    exact, fast = (config.load(data, decode=kind) for kind in KINDS)
+    assert decoded[-1][:2] == (rows, columns)
+    assert exact[1] == fast[1] and exact[0].shape == fast[0].shape
+    difference = np.abs(exact[0].astype(int) - fast[0])
+    assert 0 < difference.mean() < 0.8 and difference.max() < (25 if config.source_crop else 12)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_fast_does_not_shift_the_picture(orientation: int) -> None:
+    """On a ramp a shift shows as a difference of one sign."""
+    ramp = np.broadcast_to(np.linspace(0, 255, 993), (503, 993)).astype(np.uint8)
+    data = encoded(Image.fromarray(np.dstack([ramp] * 3)), "JPEG", quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.open(io.BytesIO(data)), "JPEG", quality=95, exif=exif.tobytes())
+    exact, fast = (PreprocessConfig(size=(40, 40)).load(data, decode=kind)[0].astype(int) for kind in KINDS)
+    assert np.abs(exact - fast).max() <= 2 and abs((exact - fast).mean()) < 0.3
+
+
+def test_fast_is_exact_where_nothing_is_to_be_gained() -> None:
+    data = jpeg((601, 403))
+    for config in (
+        PreprocessConfig(size=(224, 224)),  # 403 is less than twice as much
+        PreprocessConfig(size=(24, 24), resample="nearest"),
+        PreprocessConfig.jax_squash(24),
+        PreprocessConfig.deepmind_perceiver((24, 24)),
+        PreprocessConfig(size=None, crop_size=(24, 24)),
+    ):
+        exact, fast = (config.load(data, decode=kind)[0] for kind in KINDS)
+        assert np.array_equal(exact, fast)
+    small = PreprocessConfig(size=(24, 24))
+    exact, fast = (small.load(encoded(COFFEE, "PNG"), decode=kind)[0] for kind in KINDS)
+    assert np.array_equal(exact, fast)
+    with pytest.raises(ValueError, match='decode is "quick". Known: exact, fast'):
+        small.load(data, decode="quick")  # type: ignore[arg-type]
+
+
+def test_drift_of_real_photos(photos: Path) -> None:
+    config = PreprocessConfig(size=(64, 64))
+    files: list[Any] = [photos / "rocket.jpg", encoded(COFFEE, "JPEG", quality=90), b"no image"]
+    found = drift(files, config)
+    pairs = [[config.load(file, decode=kind)[0].astype(int) for kind in KINDS] for file in files[:2]]
+    differences = np.abs([exact - fast for exact, fast in pairs])
+    assert (found.images, found.max) == (2, differences.max()) and found.mean == pytest.approx(differences.mean())
+    assert 0 < found.mean < 0.8 and found.max < 12
+    assert drift([NOISE], config) == Drift(1, 0, 0)
+    with pytest.raises(ValueError, match="no image could be read, so the drift of the fast decode is not known"):
+        drift([b"no image"], config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PreprocessConfig(size=(5, 7)),
+        PreprocessConfig(size=(5, 7), mean=preprocess.IMAGENET_MEAN, std=preprocess.IMAGENET_STD),
+        PreprocessConfig(size=(5, 7), rescale_factor=0.0078125),
+        PreprocessConfig(size=(5, 7), rescale_factor=0.7 / 255),
+        PreprocessConfig(size=(5, 7), rescale_factor=0),
+        PreprocessConfig(size=(5, 7), rescale_factor=None, mean=None, std=None),
+        PreprocessConfig.jax_squash((5, 7)),
+    ],
+    ids=lambda config: f"{config.rescale_factor} {config.mean}",
+)
+def test_a_normalised_batch_is_its_images_normalised(config: PreprocessConfig) -> None:
+    images = [config.resize(PICTURE), config.resize(COFFEE), config.resize(PICTURE.rotate(90))]
+    batch = config.normalise_batch(images)
+    assert batch.shape == (3, 3, 5, 7) and batch.dtype == torch.float32 and batch.is_contiguous()
+    for image, row in zip(images, batch, strict=True):
+        expected = torch.from_numpy(config._normalise(image.transpose(2, 0, 1)))
+        assert torch.equal(row, expected) and torch.equal(config.normalise(image), expected)
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    assert torch.equal(config.normalise(every), torch.from_numpy(config._normalise(every.transpose(2, 0, 1))))
+
+
+def test_a_normalised_batch_of_the_wrong_shapes() -> None:
+    config = PreprocessConfig()
+    with pytest.raises(ValueError, match="no images: the list is empty. Give at least one"):
+        config.normalise_batch([])
+    with pytest.raises(ValueError, match=r"image 1 of the batch has shape \(11, 7, 3\) and the first \(7, 11, 3\)"):
+        config.normalise_batch([NOISE, NOISE.swapaxes(0, 1)])
+    with pytest.raises(ValueError, match=r"pixels have shape \(7, 11\); they must be \(H, W, 3\)"):
+        config.normalise_batch([NOISE[..., 0]])
+
+
+def test_the_usual_bytes_are_divided_not_looked_up() -> None:
+    for config in (PreprocessConfig(), PreprocessConfig.timm_crop(mean=preprocess.IMAGENET_MEAN)):
+        assert preprocess._divisor(config) == 255
+    assert preprocess._divisor(PreprocessConfig(rescale_factor=0.7 / 255)) is None
 
 
 # ── checkpoints/processors.py ────────────────────────────────────────────────────────────────────────────────────────

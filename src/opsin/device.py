@@ -33,6 +33,11 @@ def has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def has_int8() -> bool:
+    """Whether this CPU multiplies int8 by itself, with AVX512-VNNI: others would be slow, or saturate."""
+    return platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_vnni_supported()
+
+
 _flags_lock = threading.Lock()
 
 

@@ -131,11 +131,8 @@ class Classifier:
         self.device = torch.device(device)
         self.dtype = "bf16" if dtype == "bf16" else "fp32"  # of the arithmetic
         self._net: Any = self.model  # what runs
-        number = _NUMBERS[self.dtype]
         if self.device.type == "cpu" and dtype != "fp32" and engine.can_pack():
-            self._net = engine.pack(self.model, number)
-        elif dtype == "bf16":
-            self._net = copy.deepcopy(self.model).to(number)
+            self._net = engine.pack(self.model, self.dtype)
         self.lang = lang
         self.max_pixels = max_pixels
 
@@ -277,7 +274,7 @@ class Classifier:
     def _forward(self, function: Callable[[Tensor], Tensor], resized: list[np.ndarray]) -> Tensor:
         pixels = torch.stack([self.preprocess.normalise(image) for image in resized])
         with torch.inference_mode(), exact_fp32(self.device):
-            return function(pixels.to(self.device, _NUMBERS[self.dtype])).float().cpu()
+            return function(pixels.to(self.device)).float().cpu()
 
     def _features(self, pixels: Tensor) -> Tensor:
         return self._net.features(pixels)

@@ -1,4 +1,4 @@
-"""Numbers → PNG: the course of a run, a confusion matrix, a reliability diagram.
+"""Numbers → PNG: the course of a run, a confusion matrix, a reliability diagram, speeds beside one another.
 
 Drawn through matplotlib's objects, never through pyplot: no window, no state that another thread could see.
 """
@@ -64,7 +64,7 @@ def curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    _require()
+    require()
     series = {name: _series(rows, name) for name in ("loss", "val_loss", "top1", "top5", "map", "lr", "images_per_s")}
     groups = (("loss", "val_loss"), ("top1", "top5", "map"), ("lr", "images_per_s"))
     panels = [group for group in groups if any(len(series[name][0]) for name in group)]
@@ -191,7 +191,7 @@ def confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None:
     """
     if counts.shape != (len(names), len(names)) or not len(names):
         raise ValueError(f"counts have shape {counts.shape}; {len(names)} names need ({len(names)}, {len(names)}).")
-    _require()
+    require()
     total, size = counts.sum(1), len(names)
     shares = np.where(total[:, None] > 0, counts / np.maximum(total, 1)[:, None], np.nan)
     shown = _short(names)
@@ -301,7 +301,7 @@ def reliability(path: Path, bins: Sequence[Bin], ece: float) -> None:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    _require()
+    require()
     figure = _figure(5.6, 6.6)
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.2, 1]})
     low = np.array([100 * item["low"] for item in bins])
@@ -332,10 +332,71 @@ def reliability(path: Path, bins: Sequence[Bin], ece: float) -> None:
     _save(figure, path)
 
 
+def bars(path: Path, rows: Sequence[dict[str, Any]], *, title: str, baseline: str) -> None:
+    """Speeds beside one another, grouped by precision: medians, whiskers from quartile to quartile, ratios at the ends.
+
+    Args:
+        path: of the PNG.
+        rows: contenders as `opsin.bench.Report.as_dict` has them: `name`, `precision`, `images_per_s`,
+            `images_per_s_quartiles`, `ratio`. Groups and bars keep their order. opsin's bars are blue, the plain
+            model's paler, the others grey.
+        title: model, batch and machine; may have several lines.
+        baseline: what the ratios are to.
+    Raises:
+        ValueError: no rows.
+        MissingExtra: matplotlib is not installed.
+    """
+    if not rows:
+        raise ValueError("no contenders: there is nothing to draw.")
+    require()
+    groups = {precision: [row for row in rows if row["precision"] == precision] for precision in _precisions(rows)}
+    figure = _figure(8.4, 1.5 + 0.34 * len(rows) + 0.24 * len(groups))
+    axes = figure.add_subplot()
+    _tidy(axes)
+    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    longest = max(row["images_per_s_quartiles"][1] for row in rows)
+    place, ticks = 0.0, []
+    for precision, members in groups.items():
+        axes.text(-0.005, place - 0.66, precision, transform=axes.get_yaxis_transform(), ha="right", va="center",
+                  color=INK, fontsize=9, fontweight="bold")  # fmt: skip
+        for row in members:
+            low, high = row["images_per_s_quartiles"]
+            own, plain = row["name"].startswith("opsin"), row["name"] == "opsin plain"
+            colour = "#a9c3e2" if plain else BLUE if own else "#a6a6a6"
+            axes.barh(place, row["images_per_s"], 0.72, color=colour)
+            axes.plot([low, high], [place, place], color=INK, linewidth=1.1, marker="|", markersize=6)
+            end = max(high, row["images_per_s"]) + 0.012 * longest
+            text = f"{_digits(row['images_per_s'])}   {_digits(row['ratio'])}×"
+            weight = "bold" if own and not plain else "normal"
+            axes.text(end, place, text, va="center", color=INK, fontsize=9, fontweight=weight)
+            ticks.append((place, row["name"]))
+            place += 1
+        place += 0.7
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    axes.tick_params(axis="y", length=0, colors=INK)
+    axes.spines["left"].set_visible(False)
+    axes.set(xlim=(0, 1.2 * longest), ylim=(place - 0.9, -1.1), xlabel=f"images/s, and × {baseline}")
+    axes.set_title(title, fontsize=11, color=INK, pad=10, loc="left", parse_math=False)
+    _save(figure, path)
+
+
+def _precisions(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["precision"] for row in rows))
+
+
+def _digits(value: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
 # ── shared ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _require() -> None:
+def require() -> None:
+    """
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:

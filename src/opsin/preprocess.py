@@ -1,8 +1,10 @@
 """image → pixels: decode anything to upright RGB, then resize, crop and normalise as the checkpoint's authors did.
 
     source ── decode ──▶ PIL RGB ── resize ──▶ uint8 H W 3 ── normalise ──▶ float32 3 H W
+       └───────────────── load ────────────────────▲
 
-Equal to the PIL backend of transformers bit for bit; `tests/parity/test_preprocess.py` holds it to that.
+Equal to the PIL backend of transformers bit for bit; `tests/parity/test_preprocess.py` holds it to that. `load` is the
+quick way, for JPEG: by libjpeg-turbo without a copy in Pillow's layout, and resized by torch where that is quicker.
 """
 
 import difflib
@@ -17,12 +19,12 @@ import stat
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ from PIL import (
     WebPImagePlugin,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 from opsin.errors import (
     ImageCorrupt,
@@ -57,6 +60,9 @@ Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 RESAMPLES: tuple[Resample, ...] = get_args(Resample)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+QUICK_SHRINK = 1.5  # from here on torch's bilinear resize is within 1 of Pillow's; enlarging, it rarely is 2 off
+LARGE_PIXELS = 4_000_000  # from here on Pillow resizes a JPEG of libjpeg-turbo's sooner than one of its own
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 512 MiB of RGB
 MAX_DOWNLOAD_BYTES = 64 * 2**20
@@ -109,6 +115,18 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUARTER_TURNS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+# the same, on (H, W, C), without a copy
+_TURNED: dict[Image.Transpose | None, Callable[[np.ndarray], np.ndarray]] = {
+    None: lambda pixels: pixels,
+    Image.Transpose.FLIP_LEFT_RIGHT: np.fliplr,
+    Image.Transpose.ROTATE_180: partial(np.rot90, k=2),
+    Image.Transpose.FLIP_TOP_BOTTOM: np.flipud,
+    Image.Transpose.TRANSPOSE: lambda pixels: pixels.swapaxes(0, 1),
+    Image.Transpose.ROTATE_270: partial(np.rot90, k=3),
+    Image.Transpose.TRANSVERSE: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    Image.Transpose.ROTATE_90: np.rot90,
+}
 
 
 def decode(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -129,6 +147,26 @@ def decode(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageError: its subclass, and `kind`, say what is wrong. Nothing else is raised, whatever the source.
     """
+    image = _decode(source, max_pixels, None)
+    assert isinstance(image, Image.Image)
+    return image
+
+
+class _Jpeg(NamedTuple):
+    """The pixels of a JPEG as the file has them, not yet upright."""
+
+    pixels: np.ndarray  # uint8 (H, W, 3), or (H, W, 4) whose fourth byte means nothing
+    eighths: int  # how large they are, in eighths of the picture's sides, rounded up
+    turn: Image.Transpose | None  # what makes them upright
+    size: tuple[int, int]  # (width, height) of the whole picture, upright
+
+
+# (width, height) of an upright JPEG → "RGB" or "RGBX", and how large it is to be decoded, in eighths; None: by Pillow
+_Plan = Callable[[tuple[int, int]], tuple[str, int] | None]
+
+
+def _decode(source: ImageSource, max_pixels: int, plan: _Plan | None) -> Image.Image | _Jpeg:
+    """`decode`; with a `plan`, a JPEG in a file that libjpeg-turbo takes is a _Jpeg instead."""
     if isinstance(source, Image.Image):
         return _from_pillow(source, max_pixels)
     if isinstance(source, np.ndarray):
@@ -140,18 +178,18 @@ def decode(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise NotAnImage(f"the tensor cannot be read as an image: {error}. Give (C, H, W), torch.uint8.") from error
         return _from_array(np.moveaxis(array, 0, -1) if array.ndim == 3 else array, "C, H, W", max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_stream(io.BytesIO(source), f"image of {len(source)} bytes", max_pixels)
+        return _from_stream(io.BytesIO(source), f"image of {len(source)} bytes", max_pixels, plan)
     if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        return _from_stream(io.BytesIO(_download(source)), source, max_pixels)
+        return _from_stream(io.BytesIO(_download(source)), source, max_pixels, plan)
     if isinstance(source, str | os.PathLike):
-        return _from_path(os.fsdecode(source), max_pixels)
+        return _from_path(os.fsdecode(source), max_pixels, plan)
     raise NotAnImage(
         f"{type(source).__name__} is not an image. Give a path, a URL, the bytes of a file, a PIL image, "
         "a numpy array (H, W, C) or a torch tensor (C, H, W) of uint8."
     )
 
 
-def _from_path(path: str, max_pixels: int) -> Image.Image:
+def _from_path(path: str, max_pixels: int, plan: _Plan | None) -> Image.Image | _Jpeg:
     if not path:
         raise ImageNotFound("the path is empty.")
     try:
@@ -159,7 +197,7 @@ def _from_path(path: str, max_pixels: int) -> Image.Image:
         if not stat.S_ISREG(mode):
             raise ImageUnreadable(f"{path}: {'a directory' if stat.S_ISDIR(mode) else 'a device or pipe'}, not a file.")
         with Path(path).open("rb") as stream:
-            return _from_stream(stream, path, max_pixels)
+            return _from_stream(stream, path, max_pixels, plan)
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = "a link that leads nowhere" if Path(path).is_symlink() else "no such file"
         raise ImageNotFound(f"{path}: {reason}.") from error
@@ -169,7 +207,7 @@ def _from_path(path: str, max_pixels: int) -> Image.Image:
         raise ImageNotFound(f"{path!r}: no such file; the name itself is impossible ({error}).") from error
 
 
-def _from_stream(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+def _from_stream(stream: IO[bytes], name: str, max_pixels: int, plan: _Plan | None) -> Image.Image | _Jpeg:
     head = stream.read(64)
     kind = next((kind for kind, (signature, _) in READERS.items() if signature.match(head)), None)
     if kind is None:
@@ -179,20 +217,55 @@ def _from_stream(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     if reader is None:
         reader = heic_reader(name) if kind == "HEIC" else avif_reader(name)
 
-    def read() -> Image.Image:
+    def read() -> Image.Image | _Jpeg:
         if kind == "WebP":  # whose reader allocates the whole canvas on opening
             _check_pixels(_webp_size(head), name, max_pixels)
         stream.seek(0)
         # without a file name, so that Pillow does not map a file that may shrink meanwhile
         image = reader(stream, "")
         _check_pixels(image.size, name, max_pixels)
+        if plan is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+            jpeg = _turbo(image, stream, plan)
+            if jpeg is not None:
+                return jpeg
         image.load()
         return image
 
     return _upright_rgb(read, name, kind, max_pixels)
 
 
-def _from_pillow(image: Image.Image, max_pixels: int) -> Image.Image:
+def _turbo(image: JpegImagePlugin.JpegImageFile, stream: IO[bytes], plan: _Plan) -> _Jpeg | None:
+    """The pixels of an opened JPEG by simplejpeg, equal to Pillow's bit for bit.
+
+    None where simplejpeg is missing, where the file is of a kind whose equality is not tested, or where there is
+    anything at all to complain of: Pillow then decodes, and judges what is damage.
+    """
+    if image.mode != "L" and (image.mode != "RGB" or JpegImagePlugin.get_sampling(image) < 0):
+        return None  # CMYK, 4:4:0, 4:1:1
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    width, height = image.size
+    turn = _UPRIGHT.get(exif_orientation(image))
+    size = (height, width) if turn in _QUARTER_TURNS else (width, height)
+    planned = plan(size)
+    if planned is None:
+        return None
+    colours, eighths = planned
+    rows, columns = (math.ceil(side * eighths / 8) for side in (height, width))
+    stream.seek(0)
+    data = stream.read(4 * width * height + 2**24)  # no file of sense is longer; of one with gigabytes behind, a part
+    try:
+        pixels = simplejpeg.decode_jpeg(data, colours, min_height=rows, min_width=columns)
+    except Exception:
+        return None
+    if pixels.shape[:2] != (rows, columns):
+        return None
+    return _Jpeg(pixels, eighths, turn, size)
+
+
+def _from_pillow(image: Image.Image, max_pixels: int) -> Image.Image | _Jpeg:
     filename = getattr(image, "filename", "")
     name = os.fsdecode(filename) if filename else "the PIL image"
 
@@ -221,7 +294,7 @@ def _from_array(array: np.ndarray, axes: str, max_pixels: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
-def _upright_rgb(read: Callable[[], Image.Image], name: str, kind: str, max_pixels: int) -> Image.Image:
+def _upright_rgb(read: Callable[[], Image.Image | _Jpeg], name: str, kind: str, max_pixels: int) -> Image.Image | _Jpeg:
     """Run `read`, which gives a loaded image, and make that upright RGB; whatever goes wrong becomes an ImageError."""
     try:
         try:
@@ -229,6 +302,8 @@ def _upright_rgb(read: Callable[[], Image.Image], name: str, kind: str, max_pixe
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             with _pillow_limit(max_pixels):
                 image = read()
+        if isinstance(image, _Jpeg):
+            return image
         orientation = exif_orientation(image)
         image = _rgb(image)
         if orientation in _UPRIGHT:
@@ -475,6 +550,37 @@ class PreprocessConfig:
         """Pixels (3, H, W) float32 of one image; see `decode` for what an image may be, and for its errors."""
         return self.normalise(self.resize(decode(source, max_pixels=max_pixels)))
 
+    def load(
+        self,
+        source: ImageSource,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        decode: Literal["exact", "fast"] = "exact",
+        exact_resize: bool = False,
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """What `resize` gives of what `decode` gives, and (width, height) of the upright original; quicker for JPEG.
+
+        With simplejpeg (libjpeg-turbo) a JPEG's pixels are Pillow's to the bit. Where a bilinear resize makes each side
+        at least 1.5 times smaller, torch computes it, and its bytes differ from Pillow's by at most 1 (about one in a
+        thousand does). All else is to the bit what `resize(decode(source))` is.
+
+        Args:
+            source, max_pixels: as for `decode`.
+            decode: "fast" reads a large JPEG at a half, a quarter or the like, at least twice as large as what the
+                resize makes of it; `drift` measures what that costs. Without antialiasing, which would then see another
+                picture, with a filter that only picks pixels, and for other formats it is "exact".
+            exact_resize: leave every resize to Pillow.
+        Raises:
+            ImageError: as `decode` and `resize`, whichever way is taken.
+            ValueError: an unknown `decode`.
+        """
+        if decode not in ("exact", "fast"):
+            raise ValueError(f'decode is "{decode}". Known: exact, fast.')
+        found = _decode(source, max_pixels, partial(self._plan, fast=decode == "fast", exact_resize=exact_resize))
+        if isinstance(found, Image.Image):
+            return self.resize(found), found.size
+        return np.ascontiguousarray(self._resize_jpeg(found)), found.size
+
     def resize(self, image: Image.Image) -> np.ndarray:
         """Resized and cropped (H, W, 3): uint8, or float32 in 0..255 for bilinear without antialias.
 
@@ -485,17 +591,15 @@ class PreprocessConfig:
                 MAX_PIXELS.
         """
         if self.source_crop is not None:
-            short = min(image.size)
-            height, width = (max(1, int(fraction * short)) for fraction in self.source_crop)
             # not Image.crop: it warns on large ones
-            cropped = _centre_crop(np.asarray(image), (height, width), self.crop_rounding)
-            image = Image.fromarray(np.ascontiguousarray(cropped))
+            cropped = _centre_crop(np.asarray(image), self._cropped(image.size), self.crop_rounding)
+            image = _pillow(np.ascontiguousarray(cropped))
         if self.size is None:
             pixels = np.asarray(image)
         elif not self.antialias:
             pixels = PLAIN_RESIZES[self.resample](np.asarray(image), self.size)  # type: ignore[arg-type]  # checked above
         else:
-            height, width = self._resized(image)
+            height, width = self._resized(image.size)
             box = (0.0, 0.0, float(image.width), float(image.height))
             if height * width > MAX_PIXELS and self.crop_size is not None:
                 (height, top, bottom), (width, left, right) = (
@@ -508,17 +612,83 @@ class PreprocessConfig:
             pixels = _centre_crop(pixels, self.crop_size, self.crop_rounding)
         return pixels
 
+    def _plan(self, size: tuple[int, int], *, fast: bool, exact_resize: bool) -> tuple[str, int] | None:
+        """A _Plan. RGB is for torch and numpy; of RGBX Pillow makes an image without a copy."""
+        if self.size is None or not self.antialias:
+            return "RGB", 8
+        kept = size if self.source_crop is None else self._cropped(size)[::-1]
+        height, width = self._resized(kept)
+        shrink = min(kept[0] / width, kept[1] / height)
+        whole = height * width <= MAX_PIXELS  # or only what the crop keeps of it may be made
+        if fast and whole and self.resample != "nearest" and kept[0] <= size[0] and kept[1] <= size[1]:
+            # 3/8, 5/8 and so on are slower than the next of these: their transforms are not vectorised
+            eighths = next((count for count in (1, 2, 4) if 8 / count <= shrink / 2), 8)
+            if eighths < 8:
+                return "RGBX", eighths
+        if whole and self.resample == "bilinear" and shrink >= QUICK_SHRINK and not exact_resize:
+            return "RGB", 8
+        return ("RGBX", 8) if size[0] * size[1] >= LARGE_PIXELS else None
+
+    def _resize_jpeg(self, jpeg: _Jpeg) -> np.ndarray:
+        """`resize`, as `_plan` planned it."""
+        if jpeg.eighths < 8:
+            pixels = self._resize_reduced(jpeg)
+        elif jpeg.pixels.shape[2] == 4:
+            return self.resize(_upright_pillow(jpeg))[..., :3]
+        else:
+            pixels = _TURNED[jpeg.turn](jpeg.pixels)
+            if self.source_crop is not None:
+                pixels = _centre_crop(pixels, self._cropped(jpeg.size), self.crop_rounding)
+            if self.size is not None and self.antialias:
+                pixels = _resize_torch(pixels, self._resized(pixels.shape[1::-1]))
+            elif self.size is not None:
+                pixels = PLAIN_RESIZES[self.resample](pixels, self.size)  # type: ignore[arg-type]  # checked above
+        if self.crop_size is not None:
+            pixels = _centre_crop(pixels, self.crop_size, self.crop_rounding)
+        return pixels
+
+    def _resize_reduced(self, jpeg: _Jpeg) -> np.ndarray:
+        """The resize of a picture decoded at `jpeg.eighths`, from the very places that the whole one would be."""
+        lengths = kept = jpeg.size[::-1]
+        starts = [0, 0]
+        if self.source_crop is not None:
+            kept = self._cropped(jpeg.size)
+            starts = [_centre(*sides, self.crop_rounding)[0] for sides in zip(lengths, kept, strict=True)]
+        turned = _TURNED[jpeg.turn](jpeg.pixels)
+        scale = jpeg.eighths / 8
+        spans = []
+        for axis in (0, 1):
+            # A reduced side is rounded up at its far end, which is the near one where the picture is mirrored.
+            surplus = turned.shape[axis] - lengths[axis] * scale if turned.strides[axis] < 0 else 0
+            start = starts[axis] * scale + surplus
+            spans.append((start, start + kept[axis] * scale))
+        (top, bottom), (left, right) = spans
+        height, width = self._resized(kept[::-1])
+        resample = Image.Resampling(RESAMPLES.index(self.resample))
+        resized = _upright_pillow(jpeg).resize((width, height), resample, (left, top, right, bottom))
+        return np.asarray(resized)[..., :3]
+
     def normalise(self, pixels: np.ndarray) -> Tensor:
         """(H, W, 3), as `resize` gives it, to (3, H, W) float32, contiguous."""
-        if pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise ValueError(f"pixels have shape {pixels.shape}; they must be (H, W, 3).")
-        if pixels.dtype != np.uint8:
-            return torch.from_numpy(np.ascontiguousarray(self._normalise(pixels.transpose(2, 0, 1))))
-        table = _normalised_bytes(self)
-        out = np.empty((3, *pixels.shape[:2]), np.float32)
-        for channel in range(3):
-            np.take(table[channel], pixels[..., channel], out=out[channel], mode="clip")  # "raise" would copy
-        return torch.from_numpy(out)
+        return self.normalise_batch([pixels])[0]
+
+    def normalise_batch(self, images: Sequence[np.ndarray]) -> Tensor:
+        """B images (H, W, 3), as `resize` or `load` gives them, to (B, 3, H, W) float32: `normalise` of each, stacked.
+
+        Raises:
+            ValueError: no images, or not all of one shape (H, W, 3).
+        """
+        if len(images) == 0:
+            raise ValueError("no images: the list is empty. Give at least one.")
+        shape = images[0].shape
+        if len(shape) != 3 or shape[2] != 3:
+            raise ValueError(f"pixels have shape {shape}; they must be (H, W, 3).")
+        batch = np.empty((len(images), 3, *shape[:2]), np.float32)
+        for index, (pixels, out) in enumerate(zip(images, batch, strict=True)):
+            if pixels.shape != shape:
+                raise ValueError(f"image {index} of the batch has shape {pixels.shape} and the first {shape}.")
+            self._write_normalised(pixels, out)
+        return torch.from_numpy(batch)
 
     def spec(self) -> dict[str, Any]:
         """Every field as JSON has it; `from_spec` is the inverse."""
@@ -543,18 +713,37 @@ class PreprocessConfig:
         """16 hex digits, the same on every machine: results carry them to say how their pixels were made."""
         return hashlib.sha256(json.dumps(self.spec(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
-    def _resized(self, image: Image.Image) -> tuple[int, int]:
+    def _cropped(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of what `source_crop` keeps of (width, height)."""
+        assert self.source_crop is not None
+        height, width = (max(1, int(fraction * min(size))) for fraction in self.source_crop)
+        return height, width
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) that (width, height) is resized to."""
         if isinstance(self.size, tuple):
             return self.size
         assert self.size is not None
-        short, long = sorted(image.size)
+        short, long = sorted(size)
         grown = int(self.size * long / short)
         if self.size * grown > MAX_PIXELS and self.crop_size is None:
             raise ImageTooLarge(
-                f"{image.width} × {image.height} pixels: with the shorter edge at {self.size} the longer would be "
+                f"{size[0]} × {size[1]} pixels: with the shorter edge at {self.size} the longer would be "
                 f"{grown:,}. Crop the image first."
             )
-        return (grown, self.size) if image.width <= image.height else (self.size, grown)
+        return (grown, self.size) if size[0] <= size[1] else (self.size, grown)
+
+    def _write_normalised(self, pixels: np.ndarray, out: np.ndarray) -> None:
+        """(H, W, 3) to `out`, (3, H, W) float32."""
+        planes = pixels.transpose(2, 0, 1)
+        if pixels.dtype != np.uint8:
+            out[...] = self._normalise(planes)
+        elif (divisor := _divisor(self)) is None:
+            for plane, table, place in zip(planes, _normalised_bytes(self), out, strict=True):
+                np.take(table, plane, out=place, mode="clip")  # "raise" would copy
+        else:
+            out[...] = planes
+            _divide_normalise(out, divisor, self)
 
     def _normalise(self, values: np.ndarray) -> np.ndarray:
         """(3, …) of any real type to float32, in the operations and precisions of transformers."""
@@ -577,15 +766,62 @@ def _normalised_bytes(config: PreprocessConfig) -> np.ndarray:
     return config._normalise(np.broadcast_to(np.arange(256), (3, 256)))
 
 
+@lru_cache(maxsize=32)
+def _divisor(config: PreprocessConfig) -> float | None:
+    """What bytes are divided by, in float32, to be `_normalise`'s to the bit once mean and std are applied; or None.
+
+    For 1/255 it is 255, and quicker than looking bytes up: one float32 operation at a time on whole planes.
+    """
+    divisor = 1.0 if config.rescale_factor is None else 1 / config.rescale_factor if config.rescale_factor else math.inf
+    values = np.broadcast_to(np.arange(256, dtype=np.float32), (3, 1, 256)).copy()
+    with np.errstate(all="ignore"):
+        _divide_normalise(values, divisor, config)
+    return divisor if np.array_equal(values[:, 0], _normalised_bytes(config)) else None
+
+
+def _divide_normalise(values: np.ndarray, divisor: float, config: PreprocessConfig) -> None:
+    """(3, H, W) float32, in place."""
+    if divisor != 1:
+        np.divide(values, np.float32(divisor), out=values)
+    if config.mean is not None:
+        mean, std = (np.array(x, np.float32).reshape(3, 1, 1) for x in (config.mean, config.std))
+        np.subtract(values, mean, out=values)
+        np.divide(values, std, out=values)
+
+
+def _pillow(pixels: np.ndarray) -> Image.Image:
+    """(H, W, 3) as RGB, or (H, W, 4) as RGBX, which shares the memory."""
+    if pixels.shape[2] == 3:
+        return Image.fromarray(pixels)
+    return Image.frombuffer("RGBX", pixels.shape[1::-1], pixels, "raw", "RGBX", 0, 1)
+
+
+def _upright_pillow(jpeg: _Jpeg) -> Image.Image:
+    image = _pillow(jpeg.pixels)
+    return image if jpeg.turn is None else image.transpose(jpeg.turn)
+
+
+def _resize_torch(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 to (*size, 3) uint8: bilinear, antialiased, in integers. A turned view is turned afterwards."""
+    flips = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in pixels.strides[:2])
+    stored = pixels[flips]
+    lying = stored.strides[0] < stored.strides[1]
+    if lying:
+        stored, size = stored.swapaxes(0, 1), size[::-1]
+    planes = torch.from_numpy(stored).permute(2, 0, 1)[None]
+    resized = F.interpolate(planes, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    return (resized.swapaxes(0, 1) if lying else resized)[flips]
+
+
 def _centre_crop(pixels: np.ndarray, size: tuple[int, int], rounding: str) -> np.ndarray:
-    """The centre of (H, W, 3), a view; with black around it where the image is smaller."""
+    """The centre of (H, W, C), a view; with black around it where the image is smaller."""
     (top, bottom), (left, right) = (
         _centre(length, crop, rounding) for length, crop in zip(pixels.shape[:2], size, strict=True)
     )
     inside = pixels[max(top, 0) : bottom, max(left, 0) : right]
     if inside.shape[:2] == size:
         return inside
-    canvas = np.zeros((*size, 3), pixels.dtype)
+    canvas = np.zeros((*size, pixels.shape[2]), pixels.dtype)
     top, left = max(-top, 0), max(-left, 0)
     canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
     return canvas
@@ -664,3 +900,36 @@ def _cubic_taps(length: int, out: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 PLAIN_RESIZES = {"bilinear": _resize_tensorflow, "bicubic": _resize_opencv}  # without antialiasing
+
+
+# ── drift: what the fast decode costs ────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far the pixels of the fast decode are from those of the exact one, in steps of a byte."""
+
+    images: int  # how many were read both ways
+    mean: float  # over all their bytes
+    max: float
+
+
+def drift(sources: Iterable[ImageSource], config: PreprocessConfig, *, max_pixels: int = MAX_PIXELS) -> Drift:
+    """Compare `load` of the two kinds of `decode`; sources that cannot be read are left out.
+
+    Raises:
+        ValueError: none of the sources can be read.
+    """
+    means, peaks = [], []
+    for source in sources:
+        try:
+            exact, fast = (config.load(source, max_pixels=max_pixels, decode=kind)[0] for kind in ("exact", "fast"))
+        except ImageError:
+            continue
+        difference = np.abs(exact.astype(np.float32) - fast)
+        means.append((difference.mean(dtype=np.float64), difference.size))
+        peaks.append(float(difference.max()))
+    if not peaks:
+        raise ValueError("no image could be read, so the drift of the fast decode is not known.")
+    total = sum(size for _, size in means)
+    return Drift(len(peaks), float(sum(mean * size for mean, size in means) / total), max(peaks))

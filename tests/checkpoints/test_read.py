@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,19 @@ def test_half_precision_files_give_fp32_models(tmp_path: Path, noisy_checkpoint:
     again = checkpoints.read(tmp_path).model.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(again[name], tensor.half().float())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which file an address is mapped from")
+def test_weights_stay_in_the_file_until_they_are_used(folder: Path) -> None:
+    """Nothing is copied on the way from disk into the model: every parameter lies in the mapped file."""
+    model = checkpoints.read(folder).model
+    path, mapped = os.fspath((folder / "model.safetensors").resolve()), []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, last = line.split(maxsplit=5)
+        if last == path:
+            mapped.append(range(*(int(end, 16) for end in addresses.split("-"))))
+    for name, parameter in model.named_parameters():
+        assert any(parameter.data_ptr() in addresses for addresses in mapped), name
 
 
 def test_a_read_model_can_be_written_again(folder: Path, tmp_path: Path) -> None:

@@ -55,7 +55,6 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 """Best first; an index names the shards beside it."""
 
 TIMEOUT_S = 10  # of a search
-COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
 
@@ -67,9 +66,9 @@ TRANSPORT_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__mro__
 def download(repo_id: str, *, revision: str | None = None, weights: bool = True) -> Path:
     """Bring what a reader needs of a model into the cache: config, preprocessing, the best kind of weights it has.
 
-    A full commit hash that is in the cache is answered without asking the hub; a branch or tag is looked up first
-    (one HEAD request). When the hub cannot confirm it, whatever the reason, and the cache holds it, the cache answers
-    and a warning is logged.
+    Whatever the cache holds whole is answered without asking the hub, a branch at the commit it had when it was
+    fetched. For a later one name its commit, or let `hf download owner/name config.json` tell the cache where the
+    branch is now: the next call fetches what is new.
 
     Args:
         repo_id: `google/vit-large-patch16-224`.
@@ -91,17 +90,12 @@ def download(repo_id: str, *, revision: str | None = None, weights: bool = True)
             f"{_did_you_mean(repo_id)} `opsin models` lists all."
         ) from error
     cached = _cached(repo_id, revision, weights)
-    if cached is not None and COMMIT.fullmatch(revision):
+    if cached is not None:
         return cached
     try:
         return _download(repo_id, revision, weights)
     except TRANSPORT_ERRORS as error:
-        reason = _explain(error, repo_id, revision)
-        if cached is None:
-            raise reason from error
-        if not isinstance(_cause(error), OfflineModeIsEnabled):
-            log.warning("Using the copy of %s (%s) in the cache, unconfirmed: %s", repo_id, revision, reason)
-        return cached
+        raise _explain(error, repo_id, revision) from error
 
 
 def is_cached(repo_id: str, *, revision: str | None = None) -> bool:

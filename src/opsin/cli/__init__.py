@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from opsin import __version__
+from opsin.cli.bench import bench
 from opsin.cli.output import (
     ALL_GOOD,
     DEFAULT_MODEL,
@@ -60,6 +61,7 @@ def main() -> None:
     opsin autoencode clip.mp4 --out rebuilt.mp4
     opsin train photos/
     opsin evaluate photos/val --model runs/1
+    opsin bench --vs transformers,openvino
     opsin models
     """
     click.get_current_context().color = False if os.environ.get("NO_COLOR") else None
@@ -419,5 +421,5 @@ def describe(classifier: "Classifier", *, task: str) -> dict[str, Any]:
     }
 
 
-for command in (train, evaluate_command, doctor):
+for command in (train, evaluate_command, doctor, bench):
     main.add_command(command)
