@@ -1,9 +1,11 @@
 """Where a model runs, and with which arithmetic."""
 
+import os
 import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -36,6 +38,12 @@ def has_bf16() -> bool:
 def has_int8() -> bool:
     """Whether this CPU multiplies int8 by itself, with AVX512-VNNI: others would be slow, or saturate."""
     return platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_vnni_supported()
+
+
+def cache_folder() -> Path:
+    """Where what was found out about this machine is kept: `OPSIN_CACHE`, or `opsin` in the user's cache folder."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("OPSIN_CACHE") or Path(caches) / "opsin")
 
 
 _flags_lock = threading.Lock()

@@ -6,32 +6,38 @@ FlowModel     two images → motion            flow.py
 VideoModel    a clip → a clip, labels        video.py
 """
 
-import copy
 import itertools
+import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opsin import checkpoints, engine
+from opsin import checkpoints
+from opsin import engine as engines
 from opsin.checkpoints import Checkpoint
-from opsin.device import exact_fp32, find_device
+from opsin.device import cache_folder, exact_fp32, find_device, has_bf16, has_int8
 from opsin.errors import CheckpointError, ImageError, ImageTooLarge, ModelError, NoHead
 from opsin.labels import Labels
 from opsin.labels import top_k as top_k_labels
 from opsin.models.perceiver_io import FlowPerceiver, MultimodalPerceiver, TextPerceiver
-from opsin.preprocess import MAX_PIXELS, ImageSource, decode
+from opsin.preprocess import MAX_PIXELS, Decode, ImageSource
 
 DEFAULT_MODEL = "opsin/vit-tiny"
 Record = dict[str, Any]
-_NUMBERS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = ("auto", "fp32", "bf16", "int8", "fp16", "fp8")
+ENGINES = ("auto", "torch", "openvino")
+
+OPTIMISE = "`opsin optimize` makes a folder that has them; `--budget` finds what is fast and close enough on images."
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -39,6 +45,8 @@ def load(
     *,
     revision: str | None = None,
     dtype: str = "auto",
+    engine: str = "auto",
+    decode: Decode = "exact",
     device: str = "auto",
     lang: str = "en",
     max_pixels: int | None = None,
@@ -49,26 +57,43 @@ def load(
         name: hub id (`google/vit-large-patch16-224`), local folder, .safetensors / .npz / .pth / .pystate file, or a
             name of `opsin models`; without it, the embedded model.
         revision: branch, tag or commit on the hub.
-        dtype: "fp32" is the exact reference; "auto" is fp32 too, on a CPU with the layers laid out for it (equal but
-            for rounding, faster, the dense weights in memory twice); "bf16" is faster again, for images,
-            where a difference in the third digit of a score does not matter.
+        dtype: of the arithmetic, for images; text, flow and video run in "fp32".
+
+            "fp32"  the exact reference, and pixels equal to Pillow's to the bit
+            "auto"  what an optimised folder was made for; else bf16 where the processor multiplies it by itself; else
+                    fp32 in another order of the sums
+            "bf16"  scores equal to about two digits
+            "int8"  CPU, a folder of `opsin optimize`: faster again
+            "fp16", "fp8"  CUDA
+
+        engine: "torch"; or "openvino", on a CPU with that extra. "auto" is torch.
+        decode: "fast" reads large JPEG photos at a half, a quarter or an eighth of their size, at least twice that of
+            the pixels: a byte in a hundred differs by 2 and more.
         device: "cpu", "cuda", "cuda:1", …; "auto" takes a CUDA device where torch sees one.
         lang: language of the label names, "en" or "zh"; a name without translation stays English.
         max_pixels: larger images, or frames of a video, are refused before they are decoded; without it 179 million,
             of a video 35 million (8K).
     Raises:
         UnknownModel, HubError, CheckpointError: all are `opsin.errors.ModelError`; so is bf16 asked of text or video.
-        ValueError: an unknown dtype or language, or a device that is not there.
+        MissingExtra: OpenVINO is not installed.
+        ValueError: an unknown dtype, engine, decode or language, a dtype that this processor lacks, or a device that is
+            not there.
     """
-    if dtype not in ("auto", "fp32", "bf16"):
-        raise ValueError(f'dtype is "{dtype}". Known: "auto", "fp32", "bf16".')
-    if lang not in ("en", "zh"):
-        raise ValueError(f'lang is "{lang}". Known: "en", "zh".')
+    for what, value, known in (
+        ("dtype", dtype, DTYPES),
+        ("engine", engine, ENGINES),
+        ("decode", decode, get_args(Decode)),
+        ("lang", lang, ("en", "zh")),
+    ):
+        if value not in known:
+            raise ValueError(f'{what} is "{value}". Known: {", ".join(known)}.')
     device = str(find_device(device))  # before a model is downloaded for it
     limit = {} if max_pixels is None else {"max_pixels": max_pixels}
     checkpoint = checkpoints.read(name, revision=revision)
-    if dtype == "bf16" and isinstance(checkpoint.model, TextPerceiver | FlowPerceiver | MultimodalPerceiver):
-        raise ModelError(f'dtype "bf16" is for models of images; {checkpoint.source.name} runs in "fp32".')
+    if dtype not in ("auto", "fp32") and isinstance(
+        checkpoint.model, TextPerceiver | FlowPerceiver | MultimodalPerceiver
+    ):
+        raise ModelError(f'dtype "{dtype}" is for models of images; {checkpoint.source.name} runs in "fp32".')
     if isinstance(checkpoint.model, TextPerceiver):
         from opsin.text import TextModel
 
@@ -81,7 +106,7 @@ def load(
         from opsin.video import VideoModel
 
         return VideoModel(checkpoint, device=device, **limit)
-    return Classifier(checkpoint, device=device, dtype=dtype, lang=lang, **limit)
+    return Classifier(checkpoint, device=device, dtype=dtype, engine=engine, decode=decode, lang=lang, **limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +123,13 @@ class _Loaded:
 class Classifier:
     """A model with its preprocessing and labels.
 
-    `model` is the plain fp32 `torch.nn.Module` (what runs may be a faster twin: `dtype` of `load`), `preprocess` and
-    `labels` are plain frozen objects, `source` says where the weights came from. A checkpoint without a head embeds and
-    cannot classify (`NoHead`).
+    `model` is the plain fp32 `torch.nn.Module` (what runs may be a faster twin: `dtype` and `engine` say which),
+    `preprocess` and `labels` are plain frozen objects, `source` says where the weights came from. A checkpoint without
+    a head embeds and cannot classify (`NoHead`).
     """
+
+    dtype: str  # of the arithmetic
+    engine: str
 
     def __init__(
         self,
@@ -109,6 +137,8 @@ class Classifier:
         *,
         device: str = "cpu",
         dtype: str = "auto",
+        engine: str = "auto",
+        decode: Decode = "exact",
         lang: str = "en",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -129,12 +159,75 @@ class Classifier:
         self.labels = checkpoint.labels
         self.source = checkpoint.source
         self.device = torch.device(device)
-        self.dtype = "bf16" if dtype == "bf16" else "fp32"  # of the arithmetic
-        self._net: Any = self.model  # what runs
-        if self.device.type == "cpu" and dtype != "fp32" and engine.can_pack():
-            self._net = engine.pack(self.model, self.dtype)
+        self.ranges = checkpoint.ranges
+        self.use(dtype, engine=engine)
+        self.decode = decode
+        self._upload: Callable[[list[np.ndarray]], Tensor] = self.preprocess.normalise_batch
+        if self.device.type == "cuda":
+            from opsin.engine import cuda
+
+            self._upload = cuda.Uploader(self.preprocess, self.device)
         self.lang = lang
         self.max_pixels = max_pixels
+
+    def use(
+        self,
+        dtype: str,
+        *,
+        engine: str = "auto",
+        ranges: engines.Ranges | None = None,
+        calibration: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Run in another precision or engine from now on; as `load` takes them.
+
+        Args:
+            ranges: for torch's int8, of `opsin.engine.calibrate`; those of the checkpoint without it.
+            calibration: for OpenVINO's int8: pixels (1, 3, H, W) of a hundred images like those to come.
+        Raises:
+            ModelError: int8 without ranges or calibration.
+            MissingExtra: OpenVINO is not installed.
+            ValueError: a dtype that this device or engine lacks.
+        """
+        self._net, self.dtype, self.engine = self._build(dtype, engine, ranges or self.ranges, calibration)
+        self._exact = dtype == "fp32" and self.engine == "torch"
+
+    def _build(
+        self, dtype: str, engine: str, ranges: engines.Ranges | None, calibration: Sequence[Tensor] | None
+    ) -> tuple[Any, str, str]:
+        """What runs, its dtype and its engine."""
+        on_cpu = self.device.type == "cpu"
+        if dtype in (("fp16", "fp8") if on_cpu else ("int8",)):
+            raise ValueError(f'dtype "{dtype}" is for {"CUDA" if on_cpu else "CPUs"}; the model is on {self.device}.')
+        if dtype == "bf16" and on_cpu and not has_bf16():
+            log.warning("this CPU does not multiply bf16 by itself: it will be slower than fp32")
+        if engine == "openvino":
+            if not on_cpu:
+                raise ValueError(f'engine "openvino" is for CPUs; the model is on {self.device}.')
+            from opsin.engine import openvino
+
+            if dtype == "auto":
+                dtype = "bf16" if has_bf16() else "fp32"
+            if dtype == "int8" and calibration is None:
+                raise ModelError(f"{self.source.name}: OpenVINO's int8 needs images to calibrate with: {OPTIMISE}")
+            net = openvino.compile(
+                self.model, dtype, image_size=self.image_size, calibration=calibration, cache=cache_folder()
+            )
+            return net, dtype, "openvino"
+        if not on_cpu:
+            from opsin.engine import cuda
+
+            if dtype == "auto":
+                dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+            return cuda.pack(self.model, dtype, self.device), dtype, "torch"  # type: ignore[arg-type]
+        if dtype == "fp32" or not engines.can_pack():
+            if dtype not in ("auto", "fp32"):
+                raise ValueError(f'dtype "{dtype}" needs a torch with oneDNN, which this one lacks. Take "fp32".')
+            return self.model, "fp32", "torch"
+        if dtype == "auto":
+            dtype = "int8" if ranges is not None and has_int8() else "bf16" if has_bf16() else "fp32"
+        if dtype == "int8" and ranges is None:
+            raise ModelError(f"{self.source.name} has no ranges for int8. {OPTIMISE}")
+        return engines.pack(self.model, dtype, ranges), dtype, "torch"  # type: ignore[arg-type]
 
     @property
     def feature_dim(self) -> int:
@@ -222,13 +315,15 @@ class Classifier:
         path = os.fspath(image) if isinstance(image, str | os.PathLike) else f"image[{index}]"
         start = time.perf_counter()
         try:
-            picture = decode(image, max_pixels=self.max_pixels)
-            pixels = self.preprocess.resize(picture)
+            pixels, size = self._pixels(image)
         except ImageError as error:
             return _Loaded(path, error=error)
         except MemoryError:
             return _Loaded(path, error=ImageTooLarge(f"{path}: not enough memory to resize it."))
-        return _Loaded(path, pixels, picture.size, ms=(time.perf_counter() - start) * 1e3)
+        return _Loaded(path, pixels, size, ms=(time.perf_counter() - start) * 1e3)
+
+    def _pixels(self, image: ImageSource) -> tuple[np.ndarray, tuple[int, int]]:
+        return self.preprocess.load(image, max_pixels=self.max_pixels, decode=self.decode, exact_resize=self._exact)
 
     def _records(self, batch: list[_Loaded], *, top_k: int, embed: bool) -> Iterator[Record]:
         good = [item for item in batch if item.error is None]
@@ -267,14 +362,13 @@ class Classifier:
             raise ValueError("no images: the list is empty. Give at least one.")
         parts = []
         for start in range(0, len(sources), 32):
-            pictures = (decode(source, max_pixels=self.max_pixels) for source in sources[start : start + 32])
-            parts.append(self._forward(function, [self.preprocess.resize(picture) for picture in pictures]))
+            resized = [self._pixels(source)[0] for source in sources[start : start + 32]]
+            parts.append(self._forward(function, resized))
         return torch.cat(parts)
 
     def _forward(self, function: Callable[[Tensor], Tensor], resized: list[np.ndarray]) -> Tensor:
-        pixels = torch.stack([self.preprocess.normalise(image) for image in resized])
         with torch.inference_mode(), exact_fp32(self.device):
-            return function(pixels.to(self.device)).float().cpu()
+            return function(self._upload(resized).to(self.device)).float().cpu()
 
     def _features(self, pixels: Tensor) -> Tensor:
         return self._net.features(pixels)

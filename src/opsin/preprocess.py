@@ -57,6 +57,8 @@ from opsin.errors import (
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]  # in the order of Pillow's enum
 
+Decode = Literal["exact", "fast"]  # "fast": large JPEGs at a fraction of their size
+
 RESAMPLES: tuple[Resample, ...] = get_args(Resample)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -555,7 +557,7 @@ class PreprocessConfig:
         source: ImageSource,
         *,
         max_pixels: int = MAX_PIXELS,
-        decode: Literal["exact", "fast"] = "exact",
+        decode: Decode = "exact",
         exact_resize: bool = False,
     ) -> tuple[np.ndarray, tuple[int, int]]:
         """What `resize` gives of what `decode` gives, and (width, height) of the upright original; quicker for JPEG.

@@ -1,6 +1,7 @@
 """opsin's own form: model.safetensors under the model's own names, and a config.json that holds everything else."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ ARCHITECTURES: dict[str, type] = {
     "perceiver-flow": FlowPerceiverConfig,
     "perceiver-multimodal": MultimodalPerceiverConfig,
 }
+RANGES = "int8.safetensors"
+INPUTS = {"qkv": "attn.q", "out": "attn.out", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}  # site → the layer whose input it is
 KEYS = ("format", "version", "architecture", "model", "preprocess", "labels")
 
 
@@ -69,6 +72,49 @@ def read(
     tensors = files.read_tensors(weights)
     own_names = [rules.Rule(name, name) for name in tensors]
     return rules.load(tensors, own_names, model_config, str(folder)), preprocess, labels
+
+
+def read_ranges(folder: Path, model: nn.Module) -> dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] | None:
+    """What `write_ranges` wrote beside the weights: layer → dense layer → range of its input's channels; None: nothing.
+
+    Raises:
+        CheckpointError: of layers that the model does not have, of another width, or not finite.
+    """
+    path = folder / RANGES
+    if not path.is_file():
+        return None
+    ranges: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    for name, tensor in files.read_tensors(path).items():
+        layer, _, rest = name.partition(":")
+        site, _, side = rest.partition(".")
+        if site not in INPUTS or side not in ("low", "high"):
+            raise CheckpointError(f"{path}: {name} is not the range of a dense layer.")
+        ranges.setdefault(layer, {}).setdefault(site, {})[side] = tensor.float()
+    for layer, sites in ranges.items():
+        for site, sides in sites.items():
+            try:
+                width = model.get_submodule(f"{layer}.{INPUTS[site]}").in_features
+            except AttributeError:
+                raise CheckpointError(f"{path}: the model has no layer {layer}.") from None
+            whole = set(sides) == {"low", "high"} and all(tuple(side.shape) == (width,) for side in sides.values())
+            if not whole or not all(side.isfinite().all() for side in sides.values()):
+                raise CheckpointError(f"{path}: {layer}:{site} needs a low and a high of {width} finite numbers each.")
+    return {
+        layer: {site: (sides["low"], sides["high"]) for site, sides in sites.items()} for layer, sites in ranges.items()
+    }
+
+
+def write_ranges(folder: Path, ranges: Mapping[str, Mapping[str, tuple[torch.Tensor, torch.Tensor]]]) -> None:
+    """Write what int8 needs beside the weights."""
+    files.write_tensors(
+        folder / RANGES,
+        {
+            f"{layer}:{site}.{side}": values
+            for layer, sites in ranges.items()
+            for site, pair in sites.items()
+            for side, values in zip(("low", "high"), pair, strict=True)
+        },
+    )
 
 
 def model_config_of(kind: type[C], path: Path, **fields: Any) -> C:

@@ -3,11 +3,12 @@
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from opsin.checkpoints import files, haiku, hf, native, npz, timm
 from opsin.errors import CheckpointError, UnknownModel
@@ -67,6 +68,7 @@ class Checkpoint:
     preprocess: PreprocessConfig | None  # None: it takes no images, or no single ones
     labels: Labels | None  # None: no head
     source: Source
+    ranges: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]] | None = None  # for int8, of an optimised folder
 
 
 def read(
@@ -155,4 +157,5 @@ def _read(path: Path, name: str, revision: str | None, shape: PerceiverConfig | 
         model, preprocess, labels = timm.read_file(path)
         format = timm.FORMAT
     source = Source(name, revision, str(path), format, tuple(files.weight_files(path)))
-    return Checkpoint(model, preprocess, labels, source)
+    ranges = native.read_ranges(folder, model) if format == native.FORMAT else None
+    return Checkpoint(model, preprocess, labels, source, ranges)

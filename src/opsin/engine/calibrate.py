@@ -6,7 +6,7 @@ theirs unevenly, and what one channel has too much can be moved into the weights
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,15 @@ Site = Literal["qkv", "out", "fc1", "fc2"]
 SITES: tuple[Site, ...] = get_args(Site)
 
 
-class Range(NamedTuple):
-    """Smallest and largest value of each channel (C,), each the mean over the batches: one outlier does not count."""
+Range = tuple[Tensor, Tensor]
+"""Smallest and largest value of each channel, (C,) and (C,): means over the batches, so that one outlier counts little."""
 
-    low: Tensor
-    high: Tensor
-
-
-Ranges = Mapping[str, Mapping[Site, Range]]
-"""Name of a transformer layer in its model → dense layer → range of its input."""
+Ranges = Mapping[str, Mapping[str, Range]]
+"""Name of a transformer layer in its model → `Site` → range of its input."""
 
 
 @torch.inference_mode()
-def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, dict[Site, Range]]:
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, dict[str, Range]]:
     """Run a plain model on batches of pixels (B, C, H, W) and look at its activations.
 
     A few batches do: 64 to 256 images like those to come.
@@ -56,15 +52,15 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, dict[Sit
                     watch(sites[site], seen[name][site])
         if not seen:
             raise ValueError(f"{type(model).__name__} has no transformer layers to calibrate.")
-        number = 0
-        for number, pixels in enumerate(batches, start=1):
+        for pixels in batches:
             model(pixels)
-        if not number:
-            raise ValueError("no images to calibrate with; give at least one batch.")
+    if any(not values for sites in seen.values() for values in sites.values()):
+        raise ValueError("no images to calibrate with; give at least one batch.")
     return {
         name: {
-            site: Range(*(torch.stack(side).mean(dim=0) for side in zip(*values, strict=True)))
+            site: (torch.stack(lows).mean(dim=0), torch.stack(highs).mean(dim=0))
             for site, values in sites.items()
+            for lows, highs in [zip(*values, strict=True)]
         }
         for name, sites in seen.items()
     }
@@ -75,5 +71,6 @@ def smoothing(range_: Range, weight: Tensor) -> Tensor:
 
     The geometric mean of both spreads, α = 0.5 of the paper's equation 4.
     """
-    spread = torch.maximum(range_.low.abs(), range_.high.abs()).clamp_min(1e-5)
+    low, high = range_
+    spread = torch.maximum(low.abs(), high.abs()).clamp_min(1e-5)
     return (spread / weight.abs().amax(dim=0).clamp_min(1e-5)).sqrt()

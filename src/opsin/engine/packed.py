@@ -9,7 +9,8 @@ the last layer of a Vision Transformer computes only the tokens that are read.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 
 from opsin.device import has_bf16, has_int8
 from opsin.engine.calibrate import Range, Ranges, Site, smoothing
-from opsin.models.layers import ACTIVATIONS, TransformerLayer
+from opsin.engine.pages import FilePages
+from opsin.models.layers import ACTIVATIONS, CrossAttentionLayer, TransformerLayer
+from opsin.models.perceiver_io import ImagePerceiver
 from opsin.models.vit import ViT
 
 Precision = Literal["fp32", "bf16", "int8"]
 
 ROWS = 512  # tokens at once that the layout is made for; others are as right, a little slower
+SAFE_SUMS = (1e-20, 1e20)  # of a row's exponentials, where the largest need not be taken off first
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # activation → oneDNN's name of its approximation
 
 
@@ -36,7 +40,8 @@ def can_pack() -> bool:
 def pack(model: nn.Module, precision: Precision = "fp32", ranges: Ranges | None = None) -> nn.Module:
     """A twin of a model on the CPU: float32 pixels (B, C, H, W) → float32 logits; its methods are the model's.
 
-    What is not packed, norms and positions, is shared with the model.
+    What is not packed, norms and positions, is shared with the model. Of weights mapped from a file, what is packed
+    leaves memory: the model reads it again if it is used.
 
     Args:
         model: plain, fp32.
@@ -48,6 +53,7 @@ def pack(model: nn.Module, precision: Precision = "fp32", ranges: Ranges | None 
         raise ValueError("int8 needs the ranges of the activations: ranges=calibrate(model, batches).")
     if precision == "int8" and not has_int8():
         raise ValueError('this CPU does not multiply int8 (it lacks AVX512-VNNI): take "fp32".')
+    pages = FilePages()
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo)
     stacks = [part for part in twin.modules() if isinstance(part, nn.ModuleList)]
@@ -59,10 +65,49 @@ def pack(model: nn.Module, precision: Precision = "fp32", ranges: Ranges | None 
             last = i == len(stack) - 1
             num_read = _num_read(twin) if last and isinstance(twin, ViT) else None
             found = ranges.get(names[layer], {}) if ranges is not None and precision == "int8" else None
-            stack[i] = _Layer(layer, precision, found, num_read=num_read, leave=last)
+            stack[i] = _Layer(layer, precision, found, pages, num_read=num_read, leave=last)
+            pages.trim()
     if isinstance(twin, ViT):
         twin.patch_embed = _PatchEmbed(twin.patch_embed, _low(precision))  # type: ignore[assignment]
+    if isinstance(twin, ImagePerceiver) and twin.encoder.cross.attn.num_heads == 1:
+        cross = _CrossLayer(twin.encoder.cross, twin.encoder.latents, _low(precision))
+        twin.encoder.cross = cross  # type: ignore[assignment]
     return twin.eval()
+
+
+@torch.inference_mode()
+def noisiest(model: nn.Module, ranges: Ranges, pixels: Tensor) -> list[tuple[str, tuple[Site, ...]]]:
+    """Attention and MLP of each layer by how much noise int8 brings into what leaves the layer, most first.
+
+    The noise is relative to the spread of the layer's output over the channels, which is what the next norm sees.
+
+    Args:
+        ranges: of `calibrate`.
+        pixels: (B, C, H, W), of images like those to come.
+    Returns:
+        (name of the layer, the part's dense layers): take these out of `ranges` and they stay in bf16 or fp32.
+    """
+    noise: dict[tuple[str, tuple[Site, ...]], float] = {}
+
+    def watch(name: str, layer: TransformerLayer) -> Callable[..., None]:
+        halves: tuple[tuple[Site, ...], ...] = (("qkv", "out"), ("fc1", "fc2"))
+        found = [{site: ranges[name][site] for site in half if site in ranges[name]} for half in halves]
+        exact, *twins = (_Layer(layer, "int8", some, None, num_read=None, leave=True) for some in ({}, *found))
+
+        def look(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> None:
+            y = exact(inputs[0])
+            spread = y.var(dim=-1).mean()
+            for half, twin in zip(halves, twins, strict=True):
+                noise[name, half] = noise.get((name, half), 0.0) + float((twin(inputs[0]) - y).square().mean() / spread)
+
+        return look
+
+    with ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if isinstance(layer, TransformerLayer) and name in ranges:
+                hooks.callback(layer.register_forward_hook(watch(name, layer)).remove)
+        model(pixels)
+    return sorted(noise, key=lambda part: -noise[part])
 
 
 def _num_read(model: ViT) -> int | None:
@@ -113,7 +158,7 @@ class _Codes:
 
 
 def _to_bytes(x: Tensor) -> Tensor:
-    """Numbers, overwritten, down to the whole one below, 0..255; by int8, which on x86 keeps the low byte, for speed."""
+    """Numbers, overwritten, rounded down, to 0..255; through int8, which keeps the low byte on x86 and is faster."""
     return x.clamp_(0, 255).to(torch.int8).view(torch.uint8)
 
 
@@ -177,6 +222,7 @@ class _Layer(nn.Module):
 
     Args:
         ranges: of its dense layers; None: no int8.
+        pages: where to give back the layer's own weights, each when it is packed; None: nowhere.
         leave: give float32, whatever the layer's own type is: for what comes behind the last one.
     """
 
@@ -184,7 +230,8 @@ class _Layer(nn.Module):
         self,
         layer: TransformerLayer,
         precision: Precision,
-        ranges: Mapping[Site, Range] | None,
+        ranges: Mapping[str, Range] | None,
+        pages: FilePages | None,
         *,
         num_read: int | None,
         leave: bool,
@@ -215,6 +262,9 @@ class _Layer(nn.Module):
             self.q = _dense(qkv[: len(q)], q_bias, self.norm1.codes, low)
             self.kv = _dense(qkv[len(q) :], qkv_bias[len(q) :], self.norm1.codes, low)
         self.out = _dense(out, out_bias, out_codes, low)
+        del q, k, v, qkv, out  # copies, some of them
+        release = pages.release if pages is not None else lambda _: None
+        release(attn)
 
         (fc1, fc1_bias), (fc2, fc2_bias) = _weights(mlp.fc1), _weights(mlp.fc2, layer.mlp_scale)
         self.gated, self.activation = mlp.gated, ACTIVATIONS[mlp.activation]
@@ -225,7 +275,9 @@ class _Layer(nn.Module):
             self.fc1: _Dense | _Int8Dense = _Int8Dense(fc1, fc1_bias, self.norm2.codes, low, self.gelu, hidden)
         else:
             self.fc1 = _dense(fc1, fc1_bias, self.norm2.codes, low, self.gelu)
+        release(mlp.fc1)
         self.fc2 = _dense(fc2, fc2_bias, hidden, low)
+        release(mlp.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
@@ -236,7 +288,7 @@ class _Layer(nn.Module):
             x = x[:, : self.num_read].contiguous()
             q = self.q(y[:, : self.num_read].contiguous())
             k, v = self.kv(y).split(self.widths[1:], dim=-1)
-        x = self.out(_attend(q, k, v, self.num_heads), x)
+        x = self.out(_attend(q, k, v, self.num_heads, self.dtype), x)
         y = self.fc1(self.norm2(x))
         if self.gated:
             gate, y = y.chunk(2, dim=-1)
@@ -264,12 +316,11 @@ def _dense(
 
 
 def _codes(range_: Range, smooth: Tensor | float = 1.0) -> _Codes:
-    return _Codes(float((range_.low / smooth).min()), float((range_.high / smooth).max()))
+    low, high = range_
+    return _Codes(float((low / smooth).min()), float((high / smooth).max()))
 
 
-def _norm_before(
-    norm: nn.LayerNorm, weight: Tensor, range_: Range | None, dtype: torch.dtype
-) -> tuple[_Norm, Tensor]:
+def _norm_before(norm: nn.LayerNorm, weight: Tensor, range_: Range | None, dtype: torch.dtype) -> tuple[_Norm, Tensor]:
     """The norm before a dense layer, and that layer's weight; for int8 smoothed, and with codes between them."""
     if range_ is None:
         return _Norm(norm, dtype, None, None), weight
@@ -278,16 +329,61 @@ def _norm_before(
     return _Norm(norm, dtype, codes, smooth), weight * smooth
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """(B, M, h·d), (B, N, h·d), (B, N, h·e) → (B, M, h·e); q comes scaled."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    """(B, M, h·d), (B, N, h·d), (B, N, h·e) → (B, M, h·e) of `dtype`; q comes scaled."""
     q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, k, v))
     if q.dtype == torch.bfloat16 and k.shape[2] <= 1024:  # torch's fused kernel takes twice as long there
-        shape = q.shape
-        q, k, v = (part.flatten(0, 1) for part in (q, k, v))  # copies: a product of views makes slower ones
-        x = (torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v).unflatten(0, shape[:2])
+        batch = q.shape[:2]
+        # copies: a product of views makes slower ones
+        x, sums = (part.unflatten(0, batch) for part in _mix(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)))
+        x = torch.div(x.transpose(1, 2), sums.transpose(1, 2), out=x.new_empty(x.transpose(1, 2).shape, dtype=dtype))
     else:
-        x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-    return x.transpose(1, 2).flatten(2)
+        x = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
+    return x.flatten(2)
+
+
+def _mix(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, M, d), (B, N, d), (B, N, e) in bf16 → sum of v (B, M, e), weighted, and of the weights (B, M, 1), fp32."""
+    weights = (q @ k.transpose(1, 2)).exp_()
+    sums = weights.sum(dim=-1, keepdim=True).float()
+    if not SAFE_SUMS[0] < float(sums.min()) <= float(sums.max()) < SAFE_SUMS[1]:  # nor where one is not a number
+        weights, sums = torch.softmax(q @ k.transpose(1, 2), dim=-1), torch.ones_like(sums)
+    return weights @ v, sums
+
+
+class _CrossLayer(nn.Module):
+    """The cross-attention of a Perceiver's encoder: one head, no mask, and queries that never change.
+
+    Keys and values are never made (see `Attention._read_long`): q·(W t) is (Wᵀ q)·t, computed here once, and the
+    values' layer and the attention's last one, with nothing between them, are one.
+    """
+
+    def __init__(self, layer: CrossAttentionLayer, latents: Tensor, low: torch.dtype) -> None:
+        super().__init__()
+        attn, mlp = layer.attn, layer.mlp
+        queries = attn.q(layer.norm_q(latents.detach()))
+        self.queries = (queries @ attn.k.weight.detach() * queries.shape[-1] ** -0.5).to(low)[None]  # 1 M C
+        self.residual = latents.detach() if layer.query_residual else None
+        self.norm_kv, self.norm_mlp, self.low = layer.norm_kv, layer.norm_mlp, low
+        (v, v_bias), (out, out_bias) = _weights(attn.v), _weights(attn.out)
+        self.out = _Dense(out @ v, out @ v_bias + out_bias, low)
+        self.gelu = GELU.get(mlp.activation)
+        self.fc1 = _Dense(*_weights(mlp.fc1), low, self.gelu)
+        self.fc2 = _Dense(*_weights(mlp.fc2), low)
+        self.activation = ACTIVATIONS[mlp.activation]
+
+    def forward(self, _: Tensor, tokens: Tensor, mask: None = None) -> Tensor:
+        tokens = self.norm_kv(tokens).to(self.low)
+        queries = self.queries.expand(len(tokens), -1, -1)
+        if self.low == torch.bfloat16:
+            x, sums = _mix(queries, tokens, tokens)
+            x = x / sums
+        else:
+            x = F.scaled_dot_product_attention(queries[:, None], tokens[:, None], tokens[:, None], scale=1.0)[:, 0]
+        x = self.out(x).float()
+        x = x if self.residual is None else x + self.residual
+        y = self.fc1(self.norm_mlp(x))
+        return self.fc2(y if self.gelu is not None else self.activation(y), x)
 
 
 class _PatchEmbed(nn.Module):
