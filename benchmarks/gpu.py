@@ -36,6 +36,7 @@ from opsin.bench import _import as import_library
 from opsin.bench import compare, interleaved, machine
 from opsin.checkpoints import rules
 from opsin.checkpoints import timm as timm_names
+from opsin.device import exact_fp32
 from opsin.engine import cuda
 from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.vit import ViT, ViTConfig
@@ -181,7 +182,7 @@ def measure(config: Any, device: torch.device) -> dict[str, Any]:
 
     exact: dict[str, Net] = {"fp32": cuda.pack(model, "fp32", device)}
     batches = list(torch.randn(64, 3, *config.image_size, device=device).split(32))
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_fp32(device):
         compared = compare(exact | {name: partial(in_its_type, name) for name in best}, "fp32", batches, 64)
     for name, row in best.items():
         row["drift_relative"] = compared[name].drift_relative
@@ -253,7 +254,9 @@ def agreement(name: str, images: Sequence[bytes], device: torch.device) -> dict[
     resized = [classifier.preprocess.load(image)[0] for image in images]
     batches = [upload(resized[start : start + 256]) for start in range(0, len(resized), 256)]
     nets = {p: cuda.pack(classifier.model, p, device) for p in ("fp32", *PRECISIONS)}
-    return {precision: found._asdict() for precision, found in compare(nets, "fp32", batches, len(images)).items()}
+    with exact_fp32(device):
+        compared = compare(nets, "fp32", batches, len(images))
+    return {precision: found._asdict() for precision, found in compared.items()}
 
 
 # ── from JPEG bytes ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -64,7 +64,7 @@ def noisy_checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def classifier(noisy_checkpoint: Checkpoint) -> Classifier:
-    return Classifier(noisy_checkpoint)
+    return Classifier(noisy_checkpoint, dtype="fp32")
 
 
 @pytest.fixture(scope="session")

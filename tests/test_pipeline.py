@@ -15,8 +15,10 @@ from PIL import Image
 
 import opsin
 from mutations import broken_files
-from opsin.checkpoints import Checkpoint
-from opsin.errors import CheckpointError, ImageCorrupt, ImageNotFound, NoHead
+from opsin import checkpoints, engine
+from opsin.checkpoints import Checkpoint, native
+from opsin.device import has_bf16, has_int8
+from opsin.errors import CheckpointError, ImageCorrupt, ImageNotFound, ModelError, NoHead
 from opsin.models.vit import ViT
 from opsin.pipeline import Classifier
 from opsin.preprocess import ImageSource, PreprocessConfig
@@ -150,7 +152,7 @@ def test_a_bad_image_in_a_call_is_raised(classifier: Classifier) -> None:
 def test_without_a_head_there_are_features_and_no_labels(noisy_checkpoint: Checkpoint) -> None:
     assert isinstance(noisy_checkpoint.model, ViT)
     body = ViT(replace(noisy_checkpoint.model.config, num_classes=0))
-    embedder = Classifier(replace(noisy_checkpoint, model=body, labels=None))
+    embedder = Classifier(replace(noisy_checkpoint, model=body, labels=None), dtype="fp32")
     pixels = embedder.preprocess(picture(0))[None]
     assert torch.equal(embedder.model(pixels).detach(), torch.from_numpy(embedder.embed(picture(0))))
     with pytest.raises(NoHead, match="test/noise has no classification head"):
@@ -160,8 +162,16 @@ def test_without_a_head_there_are_features_and_no_labels(noisy_checkpoint: Check
 
 
 def test_load_names_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match='dtype is "int3". Known: "auto", "fp32", "bf16".'):
+    with pytest.raises(ValueError, match='dtype is "int3". Known: auto, fp32, bf16, int8, fp16, fp8.'):
         opsin.load(dtype="int3")
+    with pytest.raises(ValueError, match='engine is "onnx". Known: auto, torch, openvino.'):
+        opsin.load(engine="onnx")
+    with pytest.raises(ValueError, match='decode is "slow". Known: exact, fast.'):
+        opsin.load(decode="slow")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='dtype "fp8" is for CUDA; the model is on cpu.'):
+        opsin.load(dtype="fp8", device="cpu")
+    with pytest.raises(ModelError, match="opsin/vit-tiny has no ranges for int8. `opsin optimize` makes a folder"):
+        opsin.load(dtype="int8", device="cpu")
     with pytest.raises(ValueError, match='lang is "fr"'):
         opsin.load(lang="fr")
 
@@ -199,12 +209,60 @@ def test_a_model_that_cannot_take_its_pixels(
         Classifier(replace(noisy_checkpoint, model=model, preprocess=PreprocessConfig(size=size)))
 
 
-def test_dtypes_agree(noisy_checkpoint: Checkpoint) -> None:
-    plain, fast, half = (Classifier(noisy_checkpoint, dtype=dtype) for dtype in ("fp32", "auto", "bf16"))
+def test_dtypes_agree(noisy_checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    plain, half = (Classifier(noisy_checkpoint, dtype=dtype) for dtype in ("fp32", "bf16"))
+    assert ("does not multiply bf16" in caplog.text) is not has_bf16()  # never in silence
     images = [picture(i) for i in range(3)]
     expected = plain.logits(images)
-    torch.testing.assert_close(fast.logits(images), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(expected, plain.model(torch.stack([plain.preprocess(image) for image in images])))
     assert 0 < (half.logits(images) - expected).abs().max() < 0.1 * expected.std()
     assert half.logits(images).dtype == torch.float32
     assert next(half.model.parameters()).dtype == torch.float32
-    assert (plain.dtype, fast.dtype, half.dtype) == ("fp32", "fp32", "bf16")
+    assert (plain.dtype, half.dtype) == ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_bf16_only_where_the_cpu_has_it(
+    native: bool, noisy_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opsin.pipeline.has_bf16", lambda: native)
+    auto = Classifier(noisy_checkpoint)
+    expected = Classifier(noisy_checkpoint, dtype="fp32").logits(picture(0))
+    drift = (auto.logits(picture(0)) - expected).abs().max() / expected.std()
+    assert auto.dtype == ("bf16" if native else "fp32")
+    assert (1e-4 < drift < 0.1) if native else drift < 1e-4
+
+
+@pytest.mark.skipif(not has_int8(), reason="this CPU does not multiply int8")
+def test_an_optimised_folder_runs_in_int8(noisy_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """`auto` takes int8 there, and only there; the weights are the exact ones."""
+    model, preprocess = noisy_checkpoint.model, noisy_checkpoint.preprocess
+    assert preprocess is not None
+    pixels = torch.stack([preprocess(picture(i)) for i in range(8)])
+    ranges = engine.calibrate(model, [pixels])
+    checkpoints.write(tmp_path, model, preprocess, noisy_checkpoint.labels)
+    assert opsin.load(tmp_path).dtype != "int8"
+    native.write_ranges(tmp_path, ranges)
+    int8 = opsin.load(tmp_path)
+    assert (int8.dtype, int8.engine) == ("int8", "torch")
+    with torch.inference_mode():
+        near = engine.pack(model, "int8", ranges)(pixels[2:3])  # where memory lies may move a number to the next code
+        torch.testing.assert_close(int8.logits(picture(2)), near, rtol=0, atol=0.02 * float(near.std()))
+        exact = opsin.load(tmp_path, dtype="fp32").logits(picture(2))
+        torch.testing.assert_close(exact, model(pixels[2:3]), rtol=0, atol=1e-5)
+    assert 0.001 < (int8.logits(picture(2)) - exact).abs().max() / exact.std() < 0.5
+
+
+def test_fast_decoding_and_exact_pixels(noisy_checkpoint: Checkpoint) -> None:
+    """A photo many times as large as the pixels is read at a fraction; fp32 has the very pixels of Pillow."""
+    file = io.BytesIO()
+    x = np.linspace(0, 20, 900)
+    wave = (np.sin(x[:, None] * 3) * np.cos(x[None, :600]) * 120 + 128).astype(np.uint8)
+    Image.fromarray(np.stack([wave, wave[::-1], 255 - wave], axis=2)).save(file, "JPEG", quality=92)
+    exact = Classifier(noisy_checkpoint, dtype="fp32")
+    fast = Classifier(noisy_checkpoint, dtype="fp32", decode="fast")
+    pixels = exact.preprocess(file.getvalue())[None]
+    with torch.inference_mode():
+        assert torch.equal(exact.logits(file.getvalue()), exact.model(pixels))
+        drift = (fast.logits(file.getvalue()) - exact.logits(file.getvalue())).abs().max()
+    assert 0 < drift < 0.2 * exact.logits(file.getvalue()).std()

@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from opsin import __version__, checkpoints, engine
-from opsin.checkpoints import rules
+from opsin.checkpoints import native, rules
 from opsin.checkpoints import timm as timm_names
 from opsin.device import has_bf16, has_int8
 from opsin.errors import CheckpointError, DataError, ImageError, MissingExtra, ModelError, NoHead
@@ -439,14 +439,15 @@ class _Work:
 
     @cached_property
     def calibration(self) -> list[Tensor]:
-        return torch.load(self.calibration_file)
+        return torch.load(self.calibration_file, weights_only=True)
 
     @cached_property
     def ranges(self) -> engine.Ranges:
-        path = self.folder / "ranges.pt"
-        if not path.exists():
-            torch.save(engine.calibrate(self.model, self.calibration), path)
-        return torch.load(path, weights_only=False)  # written above
+        ranges = native.read_ranges(self.folder, self.model)
+        if ranges is None:
+            ranges = engine.calibrate(self.model, torch.cat(self.calibration).split(32))
+            native.write_ranges(self.folder, ranges)
+        return ranges
 
 
 def _opsin(work: _Work, precision: str) -> Net:

@@ -46,7 +46,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("OPSIN_CACHE") or Path(caches) / "opsin")
 
 
-_flags_lock = threading.Lock()
+_flags_lock = threading.RLock()
 
 
 @contextmanager

@@ -60,11 +60,11 @@ def load(
         dtype: of the arithmetic, for images; text, flow and video run in "fp32".
 
             "fp32"  the exact reference, and pixels equal to Pillow's to the bit
-            "auto"  what an optimised folder was made for; else bf16 where the processor multiplies it by itself; else
-                    fp32 in another order of the sums
+            "auto"  what an optimised folder was made for; else bf16 on a CPU that multiplies it by itself; else fp32,
+                    on a CPU with the sums in another order
             "bf16"  scores equal to about two digits
-            "int8"  CPU, a folder of `opsin optimize`: faster again
-            "fp16", "fp8"  CUDA
+            "int8"  on a CPU, for a folder of `opsin optimize`: faster again
+            "fp16", "fp8"  on CUDA
 
         engine: "torch"; or "openvino", on a CPU with that extra. "auto" is torch.
         decode: "fast" reads large JPEG photos at a half, a quarter or an eighth of their size, at least twice that of
@@ -166,7 +166,7 @@ class Classifier:
         if self.device.type == "cuda":
             from opsin.engine import cuda
 
-            self._upload = cuda.Uploader(self.preprocess, self.device)
+            self._upload = cuda.Uploader(self.preprocess, self.device, cuda.DTYPES.get(self.dtype, torch.float32))
         self.lang = lang
         self.max_pixels = max_pixels
 
@@ -209,15 +209,16 @@ class Classifier:
                 dtype = "bf16" if has_bf16() else "fp32"
             if dtype == "int8" and calibration is None:
                 raise ModelError(f"{self.source.name}: OpenVINO's int8 needs images to calibrate with: {OPTIMISE}")
+            precision: Any = dtype
             net = openvino.compile(
-                self.model, dtype, image_size=self.image_size, calibration=calibration, cache=cache_folder()
+                self.model, precision, image_size=self.image_size, calibration=calibration, cache=cache_folder()
             )
             return net, dtype, "openvino"
         if not on_cpu:
+            if dtype in ("auto", "fp32"):
+                return self.model, "fp32", "torch"
             from opsin.engine import cuda
 
-            if dtype == "auto":
-                dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
             return cuda.pack(self.model, dtype, self.device), dtype, "torch"  # type: ignore[arg-type]
         if dtype == "fp32" or not engines.can_pack():
             if dtype not in ("auto", "fp32"):

@@ -447,7 +447,7 @@ def test_default_preprocessing_of_learned_positions(folder_of: Callable[[str], P
 
 def test_a_photo_gets_the_logits_of_transformers(folder_of: Callable[[str], Path], near: Near, photos: Path) -> None:
     folder = folder_of(hf_perceiver.CONV)
-    classifier = Classifier(checkpoints.read(folder))
+    classifier = Classifier(checkpoints.read(folder), dtype="fp32")
     assert len(classifier(photos / "coffee.png", top_k=3)) == 3
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     with Image.open(photos / "coffee.png") as image:

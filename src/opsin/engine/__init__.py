@@ -6,7 +6,7 @@ cuda.py       bf16, fp16, fp8, compiled and replayed as CUDA graphs
 openvino.py   the same networks through OpenVINO (extra `openvino`)
 """
 
-from opsin.engine.calibrate import Range, Ranges, calibrate
-from opsin.engine.packed import Precision, can_pack, noisiest, pack
+from opsin.engine.calibrate import calibrate, noisiest, without
+from opsin.engine.packed import Precision, Range, Ranges, can_pack, pack
 
-__all__ = ["Precision", "Range", "Ranges", "calibrate", "can_pack", "noisiest", "pack"]
+__all__ = ["Precision", "Range", "Ranges", "calibrate", "can_pack", "noisiest", "pack", "without"]

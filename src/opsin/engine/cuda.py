@@ -2,7 +2,7 @@
 
     resized images ── Uploader ──▶ pixels ── CudaNet ──▶ logits
 
-    fp32        the model as it is: not compiled, without TF32
+    fp32        the model as it is, not compiled: call it under `device.exact_fp32`, or torch may round to TF32
     bf16, fp16  transformer layers and what makes tokens; last norm, decoder and head stay in fp32
     fp8         as bf16, and the dense layers of the transformer layers in e4m3, a scale for each row and each output
 
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from opsin.device import exact_fp32
 from opsin.models.front_ends import ConvStage
 from opsin.models.layers import ACTIVATIONS, CrossAttentionLayer, TransformerLayer
 from opsin.models.perceiver_io import ImagePerceiver
@@ -133,8 +132,7 @@ class CudaNet:
     @torch.inference_mode()
     def _run(self, name: str, pixels: Tensor) -> Tensor:
         if self.dtype == torch.float32:
-            with exact_fp32(self.device):
-                return self.functions[name](pixels.to(self.device, self.dtype))
+            return self.functions[name](pixels.to(self.device, self.dtype))
         with self._lock:
             if self._stream is None:
                 return self._run_parts(name, pixels)
@@ -402,7 +400,7 @@ class Uploader:
         filled = self._buffers[turn][:count].view(shape)
         np.stack(resized, out=filled.numpy())
         if self._stream is None:
-            return filled.clone()
+            return filled
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
             images = filled.to(self.device, non_blocking=True)

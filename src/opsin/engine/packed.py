@@ -9,8 +9,7 @@ the last layer of a Vision Transformer computes only the tokens that are read.
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,13 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opsin.device import has_bf16, has_int8
-from opsin.engine.calibrate import Range, Ranges, Site, smoothing
 from opsin.engine.pages import FilePages
 from opsin.models.layers import ACTIVATIONS, CrossAttentionLayer, TransformerLayer
 from opsin.models.perceiver_io import ImagePerceiver
 from opsin.models.vit import ViT
 
 Precision = Literal["fp32", "bf16", "int8"]
+
+Site = Literal["qkv", "out", "fc1", "fc2"]
+"""A dense layer, by what it gives: q, k and v as one; the attention's result; the two of the MLP."""
+
+Range = tuple[Tensor, Tensor]
+"""Smallest and largest value of each channel of a dense layer's input, (C,) and (C,)."""
+
+Ranges = Mapping[str, Mapping[str, Range]]
+"""Name of a transformer layer in its model → `Site` → range of its input."""
 
 ROWS = 512  # tokens at once that the layout is made for; others are as right, a little slower
 SAFE_SUMS = (1e-20, 1e20)  # of a row's exponentials, where the largest need not be taken off first
@@ -64,7 +71,7 @@ def pack(model: nn.Module, precision: Precision = "fp32", ranges: Ranges | None 
                 continue
             last = i == len(stack) - 1
             num_read = _num_read(twin) if last and isinstance(twin, ViT) else None
-            found = ranges.get(names[layer], {}) if ranges is not None and precision == "int8" else None
+            found = ranges.get(names[layer]) if ranges is not None and precision == "int8" else None
             stack[i] = _Layer(layer, precision, found, pages, num_read=num_read, leave=last)
             pages.trim()
     if isinstance(twin, ViT):
@@ -75,39 +82,9 @@ def pack(model: nn.Module, precision: Precision = "fp32", ranges: Ranges | None 
     return twin.eval()
 
 
-@torch.inference_mode()
-def noisiest(model: nn.Module, ranges: Ranges, pixels: Tensor) -> list[tuple[str, tuple[Site, ...]]]:
-    """Attention and MLP of each layer by how much noise int8 brings into what leaves the layer, most first.
-
-    The noise is relative to the spread of the layer's output over the channels, which is what the next norm sees.
-
-    Args:
-        ranges: of `calibrate`.
-        pixels: (B, C, H, W), of images like those to come.
-    Returns:
-        (name of the layer, the part's dense layers): take these out of `ranges` and they stay in bf16 or fp32.
-    """
-    noise: dict[tuple[str, tuple[Site, ...]], float] = {}
-
-    def watch(name: str, layer: TransformerLayer) -> Callable[..., None]:
-        halves: tuple[tuple[Site, ...], ...] = (("qkv", "out"), ("fc1", "fc2"))
-        found = [{site: ranges[name][site] for site in half if site in ranges[name]} for half in halves]
-        exact, *twins = (_Layer(layer, "int8", some, None, num_read=None, leave=True) for some in ({}, *found))
-
-        def look(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> None:
-            y = exact(inputs[0])
-            spread = y.var(dim=-1).mean()
-            for half, twin in zip(halves, twins, strict=True):
-                noise[name, half] = noise.get((name, half), 0.0) + float((twin(inputs[0]) - y).square().mean() / spread)
-
-        return look
-
-    with ExitStack() as hooks:
-        for name, layer in model.named_modules():
-            if isinstance(layer, TransformerLayer) and name in ranges:
-                hooks.callback(layer.register_forward_hook(watch(name, layer)).remove)
-        model(pixels)
-    return sorted(noise, key=lambda part: -noise[part])
+def layer_with(layer: TransformerLayer, ranges: Mapping[str, Range]) -> nn.Module:
+    """One layer as `pack` lays it out for int8: (B, N, D) → (B, N, D), float32."""
+    return _Layer(layer, "int8", ranges, None, num_read=None, leave=True)
 
 
 def _num_read(model: ViT) -> int | None:
@@ -251,7 +228,7 @@ class _Layer(nn.Module):
         out_codes = None
         self.widths = [len(q), len(k), len(v)]
         if "out" in ranges:  # what attention gives is a mean of values: they are smoothed in its place
-            smooth = smoothing(ranges["out"], out)
+            smooth = _smoothing(ranges["out"], out)
             out_codes = _codes(ranges["out"], smooth)
             v, v_bias, out = v / smooth[:, None] / out_codes.scale, v_bias / smooth / out_codes.scale, out * smooth
         qkv, qkv_bias = torch.cat([q, k, v]), torch.cat([q_bias, k_bias, v_bias])
@@ -320,11 +297,21 @@ def _codes(range_: Range, smooth: Tensor | float = 1.0) -> _Codes:
     return _Codes(float((low / smooth).min()), float((high / smooth).max()))
 
 
+def _smoothing(range_: Range, weight: Tensor) -> Tensor:
+    """(C,): what to divide the channels of an input by, and multiply the columns of its weight (out, C) with.
+
+    The geometric mean of both spreads, α = 0.5 of the paper's equation 4.
+    """
+    low, high = range_
+    spread = torch.maximum(low.abs(), high.abs()).clamp_min(1e-5)
+    return (spread / weight.abs().amax(dim=0).clamp_min(1e-5)).sqrt()
+
+
 def _norm_before(norm: nn.LayerNorm, weight: Tensor, range_: Range | None, dtype: torch.dtype) -> tuple[_Norm, Tensor]:
     """The norm before a dense layer, and that layer's weight; for int8 smoothed, and with codes between them."""
     if range_ is None:
         return _Norm(norm, dtype, None, None), weight
-    smooth = smoothing(range_, weight)
+    smooth = _smoothing(range_, weight)
     codes = _codes(range_, smooth)
     return _Norm(norm, dtype, codes, smooth), weight * smooth
 
