@@ -31,9 +31,7 @@ from torch import Tensor, nn
 
 import opsin
 from opsin import checkpoints
-from opsin.bench import _flops as flops_of
-from opsin.bench import _import as import_library
-from opsin.bench import compare, interleaved, machine
+from opsin.bench import compare, flops_of, import_library, interleaved, machine
 from opsin.checkpoints import rules
 from opsin.checkpoints import timm as timm_names
 from opsin.device import exact_fp32

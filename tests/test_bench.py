@@ -127,9 +127,9 @@ def test_products_that_are_needed_are_counted() -> None:
 
     ends = patches * dim * 3 * 64 + dim * 7
     token = ViT(ViTConfig(**shape, mlp_dim=mlp_dim, num_classes=7)).eval()
-    assert benching._flops(token, (32, 48)) == 2 * (ends + layer(25, 25) + layer(25, 1))
+    assert benching.flops_of(token, (32, 48)) == 2 * (ends + layer(25, 25) + layer(25, 1))
     mean = ViT(ViTConfig(**shape, mlp_dim=mlp_dim, num_classes=7, pool="mean", class_token=False)).eval()
-    assert benching._flops(mean, (32, 48)) == 2 * (ends + 2 * layer(24, 24))
+    assert benching.flops_of(mean, (32, 48)) == 2 * (ends + 2 * layer(24, 24))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

@@ -180,7 +180,7 @@ def bench(
         seconds = interleaved(calls, rounds, on_turn=lambda key: step() if key in nets else None)
         peaks_of = {key: _peak_memory(work, *key, step) for key in nets} if memory else dict.fromkeys(nets)
 
-    flops = _flops(classifier.model, size)
+    flops = flops_of(classifier.model, size)
     peak = {
         precision: 2 * math.prod(PRODUCT) / statistics.median(seconds["product", precision]) for precision in products
     }
@@ -378,7 +378,7 @@ def compare(
     return compared
 
 
-def _flops(model: nn.Module, size: tuple[int, int]) -> float:
+def flops_of(model: nn.Module, size: tuple[int, int]) -> float:
     """Of one image, what its logits depend on; a multiplication and an addition are two."""
     total = _count(lambda: model(torch.zeros(1, 3, *size)))
     if isinstance(model, ViT) and model.config.pool == "token":  # of the last layer's tokens no other is read
@@ -394,7 +394,7 @@ def _count(call: Callable[[], object]) -> float:
     # the fused attention of CPUs is not counted, its parts are; without gradients the counter fails on a Perceiver
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
-    return float(counter.get_total_flops())
+    return float(counter.get_totalflops())
 
 
 def _product(precision: str) -> Callable[[], object] | None:
@@ -459,7 +459,7 @@ def _transformers(work: _Work, precision: str) -> Net:
     folder = work.folder / "transformers"
     if not folder.exists():  # without preprocessing, which it may not have: the model alone is timed
         checkpoints.write_hf(folder, work.model, None, None)
-    transformers = _import("transformers")
+    transformers = import_library("transformers")
     transformers.utils.logging.disable_progress_bar()
     dtype = _DTYPES[precision]
     model = transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=dtype).eval()
@@ -482,7 +482,7 @@ def _timm(work: _Work, precision: str) -> Net:
     if any(obstacles.values()):
         reasons = ", ".join(reason for reason, present in obstacles.items() if present)
         raise CheckpointError(f"bench builds no timm model with {reasons}")
-    _import("timm")
+    import_library("timm")
     theirs = import_module("timm.models.vision_transformer").VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -531,7 +531,7 @@ def _export_onnx(work: _Work, path: Path) -> None:
         torch.onnx.export(work.model, (pixels,), path, input_names=["pixels"], dynamo=False)
 
 
-def _import(package: str) -> Any:
+def import_library(package: str) -> Any:
     """transformers or timm, also beside a torchvision that was built for another torch, and so cannot be imported.
 
     Both import it, neither calls its operators here: that they are declared is enough.
