@@ -16,7 +16,7 @@ ROWS = [
     {"__main__"},
     {"cli"},
     {"compat", "recipes"},
-    {"train"},
+    {"train", "autopilot"},
     {"bench", "evaluate", "doctor"},
     {"pipeline", "results", "plots"},
     {"text", "flow", "video"},

@@ -36,6 +36,7 @@ from opsin.cli.output import (
     stdin_paths,
     stdin_texts,
 )
+from opsin.cli.speed import autopilot, optimize, say_drift, speed_options
 from opsin.cli.training import doctor, evaluate_command, train
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def main() -> None:
     opsin autoencode clip.mp4 --out rebuilt.mp4
     opsin train photos/
     opsin evaluate photos/val --model runs/1
+    opsin optimize --calibrate photos/ --out m-int8
     opsin bench --vs transformers,openvino
     opsin models
     """
@@ -71,22 +73,20 @@ def main() -> None:
 
 def image_options(command: Callable[..., None]) -> Callable[..., None]:
     """What `classify` and `embed` share."""
-    for decorate in reversed(
-        [
-            click.argument("paths", nargs=-1, required=True),
-            click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME",
-                         help="Hub id, folder, .safetensors/.npz/.pth/.pystate file, or a name of `opsin models`."),
-            click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub."),
-            click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-                         help="Write a .jsonl, .csv or .parquet file instead of standard output."),
-            click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True),
-            click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
-                         help="fp32 is the exact reference; bf16 is faster, equal to about two digits."),
-            click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
-            click.option("--max-pixels", type=click.IntRange(1), metavar="N",
-                         help="Refuse larger images before decoding them."),
-        ]
-    ):  # fmt: skip
+    options: list[Callable[..., Any]] = [
+        click.argument("paths", nargs=-1, required=True),
+        click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME",
+                     help="Hub id, folder, .safetensors/.npz/.pth/.pystate file, or a name of `opsin models`."),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub."),
+        click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+                     help="Write a .jsonl, .csv or .parquet file instead of standard output."),
+        click.option("--batch-size", type=click.IntRange(1), show_default="32, or what --budget measures"),
+        speed_options,
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
+        click.option("--max-pixels", type=click.IntRange(1), metavar="N",
+                     help="Refuse larger images before decoding them."),
+    ]  # fmt: skip
+    for decorate in reversed(options):
         command = decorate(command)
     return command
 
@@ -351,7 +351,15 @@ def hub_rows(query: str) -> Iterator[dict[str, Any]]:
 
 
 def run(
-    paths: tuple[str, ...], *, task: str, top_k: int, out: Path | None, batch_size: int, lang: str, **options: Any
+    paths: tuple[str, ...],
+    *,
+    task: str,
+    top_k: int,
+    out: Path | None,
+    batch_size: int | None,
+    budget: float | None,
+    lang: str,
+    **options: Any,
 ) -> None:
     """`classify` and `embed`: inputs → records → terminal, pipe or file, then the exit code."""
     from opsin.data.files import find_images
@@ -366,12 +374,25 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop keeps the records too
     counts = {"images": 0, "failed": 0}
     try:
+        engine, dtype = options["engine"], options["dtype"]
+        if budget is not None:  # tries all, and begins with the reference
+            options |= {"engine": "torch", "dtype": "fp32"}
         classifier = load_model(task, lang=lang, **options)
         images: Iterable[str]
         if paths == ("-",):
             images, total = stdin_paths(), None
         else:
             images, total = find_images(paths), sum(1 for _ in find_images(paths))
+        if paths != ("-",) and options["decode"] == "fast":
+            say_drift(classifier, list(find_images(paths)))
+        if budget is not None:
+
+            def some() -> list[str]:
+                return [] if paths == ("-",) else list(find_images(paths))
+
+            chosen = autopilot(classifier, some, budget, engine=engine, dtype=dtype)
+            batch_size = batch_size or chosen.batch_size
+        batch_size = batch_size or 32
         records = classifier.stream(images, batch_size=batch_size, top_k=top_k, embed=task == "embed")
     except (ModelError, NoHead, MissingExtra) as error:
         fail(error)
@@ -415,11 +436,13 @@ def describe(classifier: "Classifier", *, task: str) -> dict[str, Any]:
         "preprocess": classifier.preprocess.spec(),
         "preprocess_hash": classifier.preprocess.hash(),
         "dtype": classifier.dtype,
+        "engine": classifier.engine,
+        "decode": classifier.decode,
         "device": str(classifier.device),
         "opsin": __version__,
         **({"embedding_dim": classifier.feature_dim} if task == "embed" else {}),
     }
 
 
-for command in (train, evaluate_command, doctor, bench):
+for command in (train, evaluate_command, doctor, bench, optimize):
     main.add_command(command)

@@ -87,6 +87,8 @@ def load_model(command: str, *, model: str, max_pixels: int | None = None, **opt
         raise click.BadParameter(str(error), param_hint="--device") from None
     try:
         loaded = load(model, max_pixels=max_pixels, **options)
+    except ValueError as error:  # a dtype or engine that this machine lacks
+        raise click.BadParameter(str(error), param_hint="--dtype") from None
     except KeyboardInterrupt:  # a download may take minutes
         say("interrupted")
         sys.exit(INTERRUPTED)
