@@ -93,6 +93,6 @@ if __name__ == "__main__":
 
     print("opsin/perceiver-tiny by image size")
     for image_size in SIZES:
-        top1, top5 = accuracy(at_size(opsin.load("opsin/perceiver-tiny"), image_size), wnids, images)
+        top1, top5 = accuracy(at_size(opsin.load("opsin/perceiver-tiny", dtype="fp32"), image_size), wnids, images)
         print(f"{image_size:4} px: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     print(f"opsin/perceiver-tiny in transformers' arithmetic: {gap(images)}")

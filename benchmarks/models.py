@@ -31,7 +31,10 @@ MODELS: dict[str, tuple[type[nn.Module], Any]] = {
     "ViT-L-16": (ViT, ViTConfig(embed_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096)),
     "Perceiver-conv": (ImagePerceiver, ImagePerceiverConfig(numerics="transformers")),  # or theirs is another model
 }
-SOME = 64  # images for a model of random weights: 16 calibrate
+SOME = 32  # images for a model of random weights: 8 calibrate
+
+
+ROUNDS = 7
 
 
 def write_random(folder: Path, kind: type[nn.Module], config: Any) -> None:
@@ -45,7 +48,9 @@ def write_random(folder: Path, kind: type[nn.Module], config: Any) -> None:
 
 
 def measure(name: str, model: str | Path, out: Path, images: list[Any]) -> None:
-    report = bench(model, versus=VERSUS, images=images, max_images=len(images), memory=True).as_dict() | {"model": name}
+    report = bench(model, versus=VERSUS, rounds=ROUNDS, images=images, max_images=len(images)).as_dict() | {
+        "model": name
+    }
     show_report(report)
     for row in report["skipped"]:
         print(f"{row['name']} {row['precision']} was left out: {row['reason']}")

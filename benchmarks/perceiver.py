@@ -1,13 +1,11 @@
-"""The published Perceivers against transformers, same random weights, same batch, in turn in one process: time; and
-each in a process of its own: peak memory.
+"""The published Perceivers against transformers, same random weights: peak memory, each in a process of its own.
 
-python benchmarks/perceiver.py            # wants transformers; five minutes
+python benchmarks/perceiver.py            # wants transformers; for time see models.py
 """
 
 import importlib
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +17,6 @@ from typing import Any
 
 import torch
 
-ROUNDS = 5
 KEPT: list[Any] = []  # operators are there as long as their library is
 SHARED: dict[str, Any] = {
     "num_latents": 512, "d_latents": 1024, "num_blocks": 8, "num_self_attends_per_block": 6,
@@ -52,40 +49,6 @@ def save(name: str, folder: Path) -> None:
     kind = transformers_class(name)
     torch.manual_seed(0)
     kind(kind.config_class(**SHARED, **MODELS[name][1])).save_pretrained(folder)
-
-
-def run_times(folder: Path, batch_size: int) -> None:
-    """The conv model: transformers fp32, opsin plain, laid out for the CPU, and bf16."""
-    import opsin
-    from opsin import engine
-
-    theirs = transformers_class("conv").from_pretrained(folder).eval()
-    ours = opsin.load(folder, dtype="fp32").model
-    packed, half = engine.pack(ours), engine.pack(ours, torch.bfloat16)
-    pixels = torch.randn(batch_size, 3, 224, 224)
-    contenders: dict[str, Callable[[], Any]] = {
-        "transformers fp32": lambda: theirs(inputs=pixels).logits,
-        'opsin dtype="fp32"': lambda: ours(pixels),
-        'opsin dtype="auto"': lambda: packed(pixels),
-        'opsin dtype="bf16"': lambda: half(pixels.bfloat16()),
-    }
-    with torch.inference_mode():
-        logits = {label: run().float() for label, run in contenders.items()}
-        seconds: dict[str, list[float]] = {label: [] for label in contenders}
-        for _ in range(ROUNDS):
-            for label, run in contenders.items():
-                start = time.perf_counter()
-                run()
-                seconds[label].append(time.perf_counter() - start)
-    expected = logits["transformers fp32"]
-    print(f"conv, batch {batch_size}, median of {ROUNDS}")
-    for label, times in seconds.items():
-        rounds = zip(seconds["transformers fp32"], times, strict=True)
-        ratio = statistics.median(base / own for base, own in rounds)
-        error = float((logits[label] - expected).abs().max() / expected.abs().max())
-        print(
-            f"  {label:20} {statistics.median(times):6.2f} s  {ratio:5.2f} ×  logits off by {error:.1e} of their scale"
-        )
 
 
 def resident() -> int:
@@ -139,8 +102,6 @@ def main() -> None:
         folders = {name: Path(temporary) / name for name in MODELS}
         for name, folder in folders.items():
             save(name, folder)
-        for batch_size in (1, 4):
-            run_times(folders["conv"], batch_size)
         print("peak memory, batch 1: the whole process, and what the forward pass adds to it")
         for name, folder in folders.items():
             peaks = {}

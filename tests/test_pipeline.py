@@ -233,6 +233,17 @@ def test_auto_is_bf16_only_where_the_cpu_has_it(
     assert (1e-4 < drift < 0.1) if native else drift < 1e-4
 
 
+@pytest.mark.skipif(not engine.can_pack(), reason="this torch has no oneDNN")
+def test_fp32_is_the_plain_model_unless_it_need_not_be_exact(noisy_checkpoint: Checkpoint) -> None:
+    classifier = Classifier(noisy_checkpoint)
+    classifier.use("fp32")
+    assert classifier._net is classifier.model
+    expected = classifier.logits(picture(0))
+    classifier.use("fp32", exact=False)  # as the autopilot measured it
+    assert classifier._net is not classifier.model and classifier.dtype == "fp32"
+    torch.testing.assert_close(classifier.logits(picture(0)), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(not has_int8(), reason="this CPU does not multiply int8")
 def test_an_optimised_folder_runs_in_int8(noisy_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """`auto` takes int8 there, and only there; the weights are the exact ones."""

@@ -21,7 +21,7 @@ from opsin.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
-DOCS = (*READMES, "docs/training.md", "docs/results.md")
+DOCS = (*READMES, "docs/training.md", "docs/results.md", "docs/performance.md")
 
 
 def commands(readme: str) -> Iterator[tuple[str, str]]:
@@ -64,6 +64,7 @@ def test_every_command_exists(readme: str, command: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)  # where the files are that options want to exist
     (tmp_path / "runs" / "1").mkdir(parents=True)
     (tmp_path / "real.json").touch()
+    (tmp_path / "photos").mkdir()
     for part in command.split(" | "):
         words = shlex.split(part.split(" > ")[0])
         if words[0] == "torchrun":

@@ -73,7 +73,7 @@ class Choice:
         pixels = None
         if self.calibration is not None:
             pixels = classifier.preprocess.normalise_batch(list(self.calibration)).split(1)
-        classifier.use(self.dtype, engine=self.engine, ranges=self.ranges, calibration=pixels)
+        classifier.use(self.dtype, engine=self.engine, exact=False, ranges=self.ranges, calibration=pixels)
 
 
 def choose(

@@ -394,7 +394,7 @@ def _count(call: Callable[[], object]) -> float:
     # the fused attention of CPUs is not counted, its parts are; without gradients the counter fails on a Perceiver
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
-    return float(counter.get_totalflops())
+    return float(counter.get_total_flops())
 
 
 def _product(precision: str) -> Callable[[], object] | None:

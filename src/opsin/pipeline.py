@@ -177,12 +177,14 @@ class Classifier:
         dtype: str,
         *,
         engine: str = "auto",
+        exact: bool = True,
         ranges: engines.Ranges | None = None,
         calibration: Sequence[Tensor] | None = None,
     ) -> None:
         """Run in another precision or engine from now on; as `load` takes them.
 
         Args:
+            exact: with "fp32": the plain model, and not its twin with the sums in another order.
             ranges: for torch's int8, of `opsin.engine.calibrate`; those of the checkpoint without it.
             calibration: for OpenVINO's int8: pixels (1, 3, H, W) of a hundred images like those to come.
         Raises:
@@ -190,8 +192,8 @@ class Classifier:
             MissingExtra: OpenVINO is not installed.
             ValueError: a dtype that this device or engine lacks.
         """
+        self._exact = exact and dtype == "fp32" and engine != "openvino"
         self._net, self.dtype, self.engine = self._build(dtype, engine, ranges or self.ranges, calibration)
-        self._exact = dtype == "fp32" and self.engine == "torch"
 
     def _build(
         self, dtype: str, engine: str, ranges: engines.Ranges | None, calibration: Sequence[Tensor] | None
@@ -222,7 +224,7 @@ class Classifier:
             from opsin.engine import cuda
 
             return cuda.pack(self.model, dtype, self.device), dtype, "torch"  # type: ignore[arg-type]
-        if dtype == "fp32" or not engines.can_pack():
+        if self._exact or not engines.can_pack():
             if dtype not in ("auto", "fp32"):
                 raise ValueError(f'dtype "{dtype}" needs a torch with oneDNN, which this one lacks. Take "fp32".')
             return self.model, "fp32", "torch"

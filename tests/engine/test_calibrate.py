@@ -157,6 +157,8 @@ def test_int8_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.calibrate(model, [])
     with pytest.raises(ValueError, match="Linear has no transformer layers to calibrate"):
         engine.calibrate(torch.nn.Linear(2, 2), [torch.zeros(1, 2)])
+    with pytest.raises(ValueError, match='precision is "torch.bfloat16". Known: fp32, bf16, int8.'):
+        engine.pack(model, torch.bfloat16)  # type: ignore[arg-type]
     monkeypatch.setattr(packed, "has_int8", lambda: False)
     with pytest.raises(ValueError, match=r"this CPU does not multiply int8 \(it lacks AVX512-VNNI\): take"):
         engine.pack(model, "int8", {})

@@ -1,7 +1,7 @@
 """pixels → logits, fast: a twin of a model whose layers are laid out for this CPU. Inference only.
 
     fp32  the same sums in another order: logits differ by rounding, about 1e-6 of their scale
-    bf16  products and the layers' state in bf16; embedding, last norm and head in fp32
+    bf16  products and the layers' state in bf16; positions, last norm and head in fp32
     int8  the dense layers of the transformer layers in int8, attention in bf16 where the CPU has it, the rest in fp32
 
 In all of them q, k and v are one product, GELU and the residual sum are applied while a product is in the cache, and
@@ -10,7 +10,7 @@ the last layer of a Vision Transformer computes only the tokens that are read.
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +54,10 @@ def pack(model: nn.Module, precision: Precision = "fp32", ranges: Ranges | None 
         model: plain, fp32.
         ranges: for int8, of `calibrate`; a dense layer that is not in it stays in bf16, or in fp32.
     Raises:
-        ValueError: int8 without ranges, or on a CPU that has no products of int8.
+        ValueError: an unknown precision; int8 without ranges, or on a CPU that has no products of int8.
     """
+    if precision not in get_args(Precision):
+        raise ValueError(f'precision is "{precision}". Known: {", ".join(get_args(Precision))}.')
     if precision == "int8" and ranges is None:
         raise ValueError("int8 needs the ranges of the activations: ranges=calibrate(model, batches).")
     if precision == "int8" and not has_int8():
