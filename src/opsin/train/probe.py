@@ -106,6 +106,7 @@ def _fingerprint(classifier: Classifier, samples: Samples, rows: np.ndarray) -> 
         [
             *parts,
             classifier.dtype,
+            classifier.engine,
             classifier.max_pixels,
             samples.identity(),
             hashlib.sha256(rows.tobytes()).hexdigest(),
