@@ -1,5 +1,6 @@
 """A budget is kept, a choice is remembered for what it was made for, and a folder in int8 is written whole."""
 
+import copy
 import dataclasses
 import json
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
@@ -16,8 +18,9 @@ import opsin
 from opsin import autopilot, checkpoints, engine
 from opsin.autopilot import Choice, choose, optimise, recall, remember
 from opsin.checkpoints import Checkpoint
+from opsin.cli import main
 from opsin.device import has_int8
-from opsin.errors import DataError, ModelError, NoHead
+from opsin.errors import DataError, MissingExtra, ModelError, NoHead
 from opsin.pipeline import Classifier
 
 int8_only = pytest.mark.skipif(not has_int8(), reason="this CPU does not multiply int8: NOT checked is int8")
@@ -207,6 +210,98 @@ def test_nothing_is_written_beyond_the_budget(
     with pytest.raises(ModelError, match="torch int8 disagrees on 30; the budget is 0"):
         optimise(opsin.load(folder), images, 0.0, tmp_path / "int8")
     assert not (tmp_path / "int8").exists()
+
+
+@int8_only
+def test_a_memory_without_a_part_is_none(folder: Path, images: list[Image.Image], cache: Path) -> None:
+    classifier = opsin.load(folder, dtype="fp32")
+    kept = remember(classifier, choose(classifier, images, 0.2, engine="torch", dtype="int8"))
+    text = (kept / "choice.json").read_text()
+    for good, bad in (('"batch_size": ', '"batch_size": -'), ('"dtype": "int8"', '"dtype": "int7"')):
+        (kept / "choice.json").write_text(text.replace(good, bad, 1))
+        assert recall(classifier, 0.2) is None
+    (kept / "choice.json").write_text(text)
+    assert recall(classifier, 0.2) is not None
+    (kept / "int8.safetensors").unlink()
+    assert recall(classifier, 0.2) is None
+
+
+def test_models_that_came_from_no_file_are_told_apart(
+    noisy_checkpoint: Checkpoint, images: list[Image.Image], cache: Path
+) -> None:
+    """So are the same weights in another shape, and another decode."""
+    classifier = Classifier(noisy_checkpoint, dtype="fp32")
+    remember(classifier, choose(classifier, images, 0.2, engine="torch", dtype="fp32"))
+    assert recall(classifier, 0.2) is not None
+    model: Any = copy.deepcopy(noisy_checkpoint.model)
+    model.config = dataclasses.replace(model.config, norm_eps=1e-3)
+    assert recall(Classifier(dataclasses.replace(noisy_checkpoint, model=model), dtype="fp32"), 0.2) is None
+    model.config = classifier.model.config
+    with torch.no_grad():
+        model.head.bias[3] += 1
+    assert recall(Classifier(dataclasses.replace(noisy_checkpoint, model=model), dtype="fp32"), 0.2) is None
+    classifier.decode, before = "fast", classifier.decode
+    assert (before, recall(classifier, 0.2)) == ("exact", None)
+
+
+def test_what_the_fast_decode_changes_counts(
+    noisy_checkpoint: Checkpoint, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 itself disagrees with fp32 on exact pixels; here the fast ones are nearly black."""
+    classifier = Classifier(noisy_checkpoint, dtype="fp32", decode="fast")
+    real = type(classifier.preprocess).load
+
+    def load(self: Any, image: Any, *, decode: str = "exact", **rest: Any) -> Any:
+        pixels, size = real(self, image, **rest)
+        return (pixels // 8 if decode == "fast" else pixels), size
+
+    monkeypatch.setattr(type(classifier.preprocess), "load", load)
+    with pytest.raises(ModelError, match=r'torch fp32 disagrees on \d+; .* Or decode "exact": the fast one changes'):
+        choose(classifier, images, 0.0, engine="torch", dtype="fp32")
+    classifier.decode = "exact"
+    assert choose(classifier, images, 0.0, engine="torch", dtype="fp32").agreed == 30
+
+
+def test_without_onednn_there_is_the_plain_model(
+    noisy_checkpoint: Checkpoint, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "can_pack", lambda: False)
+    monkeypatch.setattr(engine, "pack", lambda *_: pytest.fail("this torch cannot pack"))
+    classifier = Classifier(noisy_checkpoint, dtype="fp32")
+    choice = choose(classifier, images, 0.0, engine="torch")
+    assert (choice.dtype, len(choice.tried)) == ("fp32", 1)
+    choice.apply(classifier)
+    assert classifier.engine == "torch"
+
+
+def test_an_engine_that_is_not_installed_is_named(
+    classifier: Classifier, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autopilot, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r'openvino is not installed\. .*"opsin\[openvino\]"'):
+        choose(classifier, images, 0.0, engine="openvino")
+    monkeypatch.setattr(autopilot, "find_spec", lambda name: None if name == "nncf" else object())
+    with pytest.raises(MissingExtra, match="nncf is not installed"):
+        choose(classifier, images, 0.0, engine="openvino", dtype="int8")
+
+
+def test_a_cache_that_cannot_be_written_stops_nobody(
+    folder: Path, images: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OPSIN_CACHE", str(tmp_path / "file"))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, image in enumerate(images[:20]):
+        image.save(photos / f"{i}.png")
+    arguments = ["classify", str(photos), "--model", str(folder), "--budget", "1%", "--engine", "torch"]
+    result = CliRunner().invoke(main, [*arguments, "--dtype", "fp32", "--out", str(tmp_path / "r.jsonl")])
+    assert result.exit_code == 0, result.stderr
+    assert "not remembered: " in result.stderr and "cannot be told from none" in result.stderr
+    run_data = json.loads((tmp_path / "r.jsonl.run.json").read_text())
+    assert (run_data["budget"], run_data["agreed"], run_data["agreed_of"]) == (0.01, 15, 15)
+    result = CliRunner().invoke(main, ["classify", "-", "--model", str(folder), "--budget", "1%"], input="a.jpg\n")
+    assert result.exit_code == 2 and "run it once on a folder" in result.stderr
 
 
 def run(*arguments: str) -> tuple[int, str, str]:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ from opsin import engine as engines
 from opsin.bench import interleaved, machine
 from opsin.checkpoints import native
 from opsin.device import cache_folder, has_bf16, has_int8
-from opsin.errors import DataError, ImageError, ModelError, NoHead
+from opsin.errors import DataError, ImageError, MissingExtra, ModelError, NoHead
 from opsin.pipeline import Classifier
 from opsin.preprocess import ImageSource
 
@@ -88,8 +89,9 @@ def choose(
     """Try what this CPU can do on some of the images, and take the fastest within the budget.
 
     At most 256 images are read, taken evenly; one in four calibrates int8, on the others best labels are compared with
-    those of fp32. int8 that disagrees too often is tried again with its noisiest halves of layers in bf16, up to half
-    of them. Speeds are medians of interleaved turns.
+    those of fp32, which sees what `decode="exact"` gives, whatever the classifier's own is. int8 that disagrees too
+    often is tried again with its noisiest halves of layers in bf16, up to half of them. Speeds are medians of
+    interleaved turns.
 
     Args:
         classifier: on the CPU, with a head.
@@ -98,6 +100,7 @@ def choose(
         progress: called with (candidates done, candidates in all).
     Raises:
         DataError: fewer than 16 of the images can be read.
+        MissingExtra: OpenVINO is asked for and not installed.
         ModelError: nothing is within the budget, or nothing of this engine and dtype can run here.
         NoHead: without labels there is no best one.
     """
@@ -105,13 +108,20 @@ def choose(
         raise NoHead(f"{classifier.source.name} has no classification head: there are no labels to agree on.")
     if classifier.device.type != "cpu":
         raise ModelError(f"a budget is for CPUs; the model is on {classifier.device}.")
-    resized = list(_read(classifier, images))
+    if engine == "openvino":
+        for package in ("openvino", *(["nncf"] if dtype == "int8" else [])):
+            if find_spec(package) is None:
+                raise MissingExtra(package, "openvino")
+    both = list(_read(classifier, images))
+    resized = [used for _, used in both]
     if len(resized) < MIN_IMAGES:
         raise DataError(f"{len(resized)} of {len(images)} images can be read; a choice needs {MIN_IMAGES} at least.")
     calibration = resized[::4]
     probe = classifier.preprocess.normalise_batch([image for i, image in enumerate(resized) if i % 4])
     pixels = classifier.preprocess.normalise_batch(calibration)
-    reference = _best(engines.pack(classifier.model), probe)
+    exact = classifier.preprocess.normalise_batch([image for i, (image, _) in enumerate(both) if i % 4])
+    reference = _best(_pack(classifier, "fp32"), exact)
+    del both, exact
     most = int(budget * len(probe))  # that may disagree
 
     ways = [way for way in _ways(classifier) if engine in ("auto", way[0]) and dtype in ("auto", way[1])]
@@ -128,7 +138,7 @@ def choose(
             if (kind, precision) == ("torch", "int8"):
                 net, ranges, left_out = _int8(classifier, probe, pixels, reference, most)
             elif kind == "torch":
-                net = engines.pack(classifier.model, precision)  # type: ignore[arg-type]
+                net = _pack(classifier, precision)
             else:
                 net = _openvino(classifier, precision, pixels)
             agreed = int((_best(net, probe) == reference).sum())
@@ -145,6 +155,7 @@ def choose(
             f"nothing tried is within the budget of {most} of {len(probe)} images: "
             + "; ".join(f"{row.engine} {row.dtype} {row.reason}" for row in tried)
             + ". Raise the budget, or give more images: with few of them one counts much."
+            + ("" if classifier.decode == "exact" else ' Or decode "exact": the fast one changes labels, too.')
         )
     batch = probe[:TRIED_BATCH]
     with torch.inference_mode():
@@ -171,12 +182,15 @@ def choose(
     )
 
 
-def _read(classifier: Classifier, images: Sequence[ImageSource]) -> Iterator[np.ndarray]:
-    """Evenly, as many as are tried, without those that cannot be read."""
+def _read(classifier: Classifier, images: Sequence[ImageSource]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(exactly decoded, as the classifier decodes), evenly, as many as are tried, without what cannot be read."""
+    load = partial(classifier.preprocess.load, max_pixels=classifier.max_pixels)
     count = min(len(images), MAX_IMAGES)
     for i in range(count):
         try:
-            yield classifier.preprocess.load(images[i * len(images) // count], max_pixels=classifier.max_pixels)[0]
+            image = images[i * len(images) // count]
+            exact = load(image)[0]
+            yield exact, exact if classifier.decode == "exact" else load(image, decode=classifier.decode)[0]
         except ImageError as error:
             log.info("left out: %s", error)
 
@@ -184,10 +198,14 @@ def _read(classifier: Classifier, images: Sequence[ImageSource]) -> Iterator[np.
 def _ways(classifier: Classifier) -> list[tuple[str, str]]:
     """(engine, dtype) that can run here."""
     precisions = ["fp32", *(["bf16"] if has_bf16() else []), *(["int8"] if has_int8() else [])]
-    ways = [("torch", precision) for precision in precisions] if engines.can_pack() else []
+    ways = [("torch", precision) for precision in (precisions if engines.can_pack() else ["fp32"])]
     if find_spec("openvino") is not None:
         ways += [("openvino", p) for p in precisions if p != "int8" or find_spec("nncf") is not None]
     return ways
+
+
+def _pack(classifier: Classifier, precision: Any) -> Any:
+    return engines.pack(classifier.model, precision) if engines.can_pack() else classifier.model
 
 
 def _call(net: Any, batch: Tensor) -> Callable[[], object]:
@@ -280,12 +298,39 @@ def recall(classifier: Classifier, budget: float, engine: str = "auto", dtype: s
         ranges = native.read_ranges(folder, classifier.model)
         images = folder / "calibration.safetensors"
         calibration = load_file(images)["images"] if images.is_file() else None
-        return Choice(**fields, tried=tried, ranges=ranges, calibration=calibration)
+        choice = Choice(**fields, tried=tried, ranges=ranges, calibration=calibration)
+        if not _is_whole(choice, classifier):
+            raise ValueError("a part is missing, or not what belongs there")
+        return choice
     except FileNotFoundError:
         return None
     except Exception as error:  # half a file, another version's: anything
         log.warning("what was remembered in %s cannot be used: %s", folder, error)
         return None
+
+
+def _is_whole(choice: Choice, classifier: Classifier) -> bool:
+    """Whether `apply` will do."""
+    images = choice.calibration
+    if choice.dtype == "int8" and choice.engine == "torch" and choice.ranges is None:
+        return False
+    shape = (*classifier.image_size, 3)
+    fits = images is not None and images.dtype == np.uint8 and images.shape[1:] == shape
+    if choice.dtype == "int8" and choice.engine == "openvino" and not fits:
+        return False
+    known = any((choice.engine, choice.dtype) == (row.engine, row.dtype) and not row.reason for row in choice.tried)
+    return known and isinstance(choice.batch_size, int) and choice.batch_size in BATCH_SIZES
+
+
+def _weights(classifier: Classifier) -> str:
+    """SHA-256 of the weights: of their file, else of themselves."""
+    if classifier.source.files:
+        return classifier.source.sha256
+    digest = hashlib.sha256()
+    for name, tensor in classifier.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _folder(classifier: Classifier, budget: float, engine: str, dtype: str) -> Path:
@@ -297,8 +342,8 @@ def _folder(classifier: Classifier, budget: float, engine: str, dtype: str) -> P
             versions.append("")
     here = machine()
     facts = [
-        classifier.source.sha256, classifier.preprocess.hash(), here["cpu"], here["threads"], has_bf16(), has_int8(),
-        versions, budget, engine, dtype,
+        _weights(classifier), repr(classifier.model.config), classifier.preprocess.hash(), classifier.decode,
+        here["cpu"], here["threads"], has_bf16(), has_int8(), versions, budget, engine, dtype,
     ]  # fmt: skip
     return cache_folder() / "choices" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -306,7 +351,14 @@ def _folder(classifier: Classifier, budget: float, engine: str, dtype: str) -> P
 # ── a folder that needs no images again ──────────────────────────────────────────────────────────────────────────────
 
 
-def optimise(classifier: Classifier, images: Sequence[ImageSource], budget: float, out: Path) -> Choice:
+def optimise(
+    classifier: Classifier,
+    images: Sequence[ImageSource],
+    budget: float,
+    out: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Choice:
     """Write a folder that `opsin.load` runs in int8: the exact weights, and the ranges that int8 needs beside them.
 
     Args:
@@ -317,7 +369,7 @@ def optimise(classifier: Classifier, images: Sequence[ImageSource], budget: floa
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is there already, and not empty. Give another folder.")
-    choice = choose(classifier, images, budget, engine="torch", dtype="int8")
+    choice = choose(classifier, images, budget, engine="torch", dtype="int8", progress=progress)
     assert choice.ranges is not None
     native.write(out, classifier.model, classifier.preprocess, classifier.labels)
     native.write_ranges(out, choice.ranges)  # the last: without it the folder is an ordinary one

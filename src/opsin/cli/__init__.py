@@ -385,13 +385,20 @@ def run(
             images, total = find_images(paths), sum(1 for _ in find_images(paths))
         if paths != ("-",) and options["decode"] == "fast":
             say_drift(classifier, list(find_images(paths)))
+        agreed = {}
         if budget is not None:
 
             def some() -> list[str]:
-                return [] if paths == ("-",) else list(find_images(paths))
+                if paths == ("-",):
+                    raise click.UsageError(
+                        "--budget measures on some of the images, which - gives one at a time: run it once on a folder "
+                        "of them; the choice is remembered."
+                    )
+                return list(find_images(paths))
 
             chosen = autopilot(classifier, some, budget, engine=engine, dtype=dtype)
             batch_size = batch_size or chosen.batch_size
+            agreed = {"budget": budget, "agreed": chosen.agreed, "agreed_of": chosen.images}
         batch_size = batch_size or 32
         records = classifier.stream(images, batch_size=batch_size, top_k=top_k, embed=task == "embed")
     except (ModelError, NoHead, MissingExtra) as error:
@@ -399,7 +406,7 @@ def run(
     try:
         with ExitStack() as stack:
             if out is not None:
-                write = stack.enter_context(writer(out, run=describe(classifier, task=task)))
+                write = stack.enter_context(writer(out, run=describe(classifier, task=task) | agreed))
             elif sys.stdout.isatty():
                 write = show
             else:

@@ -88,7 +88,8 @@ def load_model(command: str, *, model: str, max_pixels: int | None = None, **opt
     try:
         loaded = load(model, max_pixels=max_pixels, **options)
     except ValueError as error:  # a dtype or engine that this machine lacks
-        raise click.BadParameter(str(error), param_hint="--dtype") from None
+        hint = "--engine" if str(error).startswith("engine") else "--dtype"
+        raise click.BadParameter(str(error), param_hint=hint) from None
     except KeyboardInterrupt:  # a download may take minutes
         say("interrupted")
         sys.exit(INTERRUPTED)

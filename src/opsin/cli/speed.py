@@ -74,13 +74,18 @@ def autopilot(
     if not remembered:
         for line in rows(choice):
             say(line)
-        remember(classifier, choice, engine, dtype)
+        try:
+            say(f"remembered in {remember(classifier, choice, engine, dtype)}")
+        except OSError as error:  # a full disk, no home folder: it is measured again the next time
+            say(f"not remembered: {error}")
     choice.apply(classifier)
     say(
         f"{'remembered' if remembered else 'chose'} {choice.dtype} ({choice.engine}), batches of {choice.batch_size}: "
         f"{choice.speedup:.1f}× the speed of plain fp32, its best label on {choice.agreed} of {choice.images} images "
         f"(budget {budget:.2%})"
     )
+    if budget * choice.images < 1:
+        say(f"on {choice.images} images a share below {3 / choice.images:.1%} cannot be told from none")
     return choice
 
 
@@ -101,7 +106,8 @@ def say_drift(classifier: "Classifier", images: Sequence[str]) -> None:
     """How far the bytes of fast decoding are from exact ones, on some of the images."""
     from opsin.preprocess import drift
 
-    some = images[:: max(1, len(images) // DRIFT_IMAGES)][:DRIFT_IMAGES]
+    count = min(len(images), DRIFT_IMAGES)
+    some = [images[i * len(images) // count] for i in range(count)]
     try:
         found = drift(some, classifier.preprocess, max_pixels=classifier.max_pixels)
     except ValueError:  # none can be read: each will be a record
@@ -133,8 +139,8 @@ def optimize(model: str, revision: str | None, photos: str, out: Path, budget: f
 
     try:
         classifier = load_model("classify", model=model, revision=revision, dtype="fp32", device="cpu")
-        with answering(out):
-            choice = optimise(classifier, list(find_images([photos])), budget, out)
+        with answering(out), parts("candidates") as progress:
+            choice = optimise(classifier, list(find_images([photos])), budget, out, progress=progress)
     except DataError as error:
         raise click.BadParameter(
             str(error), param_hint="--out" if "not empty" in str(error) else "--calibrate"
