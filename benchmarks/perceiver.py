@@ -3,7 +3,6 @@
 python benchmarks/perceiver.py            # wants transformers; for time see models.py
 """
 
-import importlib
 import platform
 import resource
 import subprocess
@@ -17,7 +16,8 @@ from typing import Any
 
 import torch
 
-KEPT: list[Any] = []  # operators are there as long as their library is
+from opsin.bench import import_library
+
 SHARED: dict[str, Any] = {
     "num_latents": 512, "d_latents": 1024, "num_blocks": 8, "num_self_attends_per_block": 6,
     "num_self_attention_heads": 8, "num_cross_attention_heads": 1, "num_labels": 1000,
@@ -30,17 +30,7 @@ MODELS = {
 
 
 def transformers_class(name: str) -> Any:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:  # built for another torch; its operators are not called
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except ImportError:
-        pass
-    import transformers
-
-    KEPT.append(library)
+    transformers = import_library("transformers")
     return getattr(transformers, MODELS[name][0])
 
 

@@ -7,7 +7,6 @@ the file from disk, and end with float32 (1, 3, 224, 224). Drift is that of the 
 """
 
 import argparse
-import importlib
 import platform
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from opsin.bench import import_library
 from opsin.preprocess import PreprocessConfig, decode
 
 PHOTO = Path(__file__).parent.parent / "examples" / "photos" / "coffee.png"
@@ -42,26 +42,15 @@ def write(path: Path, width: int, height: int, grain: float) -> None:
     Image.fromarray(pixels).save(path, quality=90, subsampling="4:2:0")
 
 
-def transformers_processor() -> Any:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:  # built for another torch; its operators are not called
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except ImportError:
-        pass
-    from transformers import ViTImageProcessorPil
-
-    return ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    processor, config = transformers_processor(), PreprocessConfig()
+    processor, config = (
+        import_library("transformers").ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        PreprocessConfig(),
+    )
     print(
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"

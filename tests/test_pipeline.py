@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import opsin
 from mutations import broken_files
@@ -242,6 +243,39 @@ def test_fp32_is_the_plain_model_unless_it_need_not_be_exact(noisy_checkpoint: C
     classifier.use("fp32", exact=False)  # as the autopilot measured it
     assert classifier._net is not classifier.model and classifier.dtype == "fp32"
     torch.testing.assert_close(classifier.logits(picture(0)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_used_changes_nothing(noisy_checkpoint: Checkpoint) -> None:
+    classifier = Classifier(noisy_checkpoint, dtype="fp32")
+    expected = classifier.logits(picture(0))
+    for dtype, error in (("fp8", ValueError), ("int8", ModelError)):
+        with pytest.raises(error):
+            classifier.use(dtype)
+        assert classifier.dtype == "fp32" and classifier._exact
+        assert torch.equal(classifier.logits(picture(0)), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("layers.0:qkv.middle", (24,), "layers.0:qkv.middle is not the range of a dense layer"),
+        ("layers.0:head.low", (24,), "layers.0:head.low is not the range of a dense layer"),
+        ("layers.7:qkv.low", (24,), "the model has no layer layers.7"),
+        ("layers.0:qkv.low", (23,), "layers.0:qkv needs a low and a high of 24 finite numbers each"),
+        ("layers.0:qkv.low", (24,), "layers.0:qkv needs a low and a high of 24 finite numbers each"),  # no high
+    ],
+)
+def test_ranges_that_do_not_fit(
+    name: str, shape: tuple[int, ...], message: str, noisy_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    checkpoints.write(tmp_path, noisy_checkpoint.model, noisy_checkpoint.preprocess, noisy_checkpoint.labels)
+    save_file({name: torch.zeros(shape)}, tmp_path / "int8.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        opsin.load(tmp_path)
+    pair = (torch.zeros(24), torch.full((24,), float("inf")))
+    native.write_ranges(tmp_path, {"layers.0": {"qkv": pair}})
+    with pytest.raises(CheckpointError, match="24 finite numbers each"):
+        opsin.load(tmp_path)
 
 
 @pytest.mark.skipif(not has_int8(), reason="this CPU does not multiply int8")

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -195,10 +194,11 @@ def _read(classifier: Classifier, images: Sequence[ImageSource]) -> Iterator[tup
             log.info("left out: %s", error)
 
 
-def _ways(classifier: Classifier) -> list[tuple[str, str]]:
+def _ways(classifier: Classifier) -> list[tuple[str, engines.Precision]]:
     """(engine, dtype) that can run here."""
-    precisions = ["fp32", *(["bf16"] if has_bf16() else []), *(["int8"] if has_int8() else [])]
-    ways = [("torch", precision) for precision in (precisions if engines.can_pack() else ["fp32"])]
+    here = {"fp32": True, "bf16": has_bf16(), "int8": has_int8()}
+    precisions = [precision for precision in get_args(engines.Precision) if here[precision]]
+    ways = [("torch", precision) for precision in precisions if precision == "fp32" or engines.can_pack()]
     if find_spec("openvino") is not None:
         ways += [("openvino", p) for p in precisions if p != "int8" or find_spec("nncf") is not None]
     return ways
@@ -235,12 +235,12 @@ def _int8(
         count = following
 
 
-def _openvino(classifier: Classifier, precision: str, pixels: Tensor) -> Any:
+def _openvino(classifier: Classifier, precision: engines.Precision, pixels: Tensor) -> Any:
     from opsin.engine import openvino
 
     return openvino.compile(
         classifier.model,
-        precision,  # type: ignore[arg-type]
+        precision,
         image_size=classifier.image_size,
         calibration=pixels.split(1) if precision == "int8" else None,
         cache=cache_folder(),
@@ -283,7 +283,7 @@ def remember(classifier: Classifier, choice: Choice, engine: str = "auto", dtype
     (new / "choice.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        os.replace(new, folder)  # noqa: PTH105, the same
+        new.replace(folder)
     except OSError:  # another process was first, with as good a choice
         shutil.rmtree(new, ignore_errors=True)
     return folder

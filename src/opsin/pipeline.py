@@ -164,11 +164,6 @@ class Classifier:
         self.ranges = checkpoint.ranges
         self.use(dtype, engine=engine)
         self.decode = decode
-        self._upload: Callable[[list[np.ndarray]], Tensor] = self.preprocess.normalise_batch
-        if self.device.type == "cuda":
-            from opsin.engine import cuda
-
-            self._upload = cuda.Uploader(self.preprocess, self.device, cuda.DTYPES.get(self.dtype, torch.float32))
         self.lang = lang
         self.max_pixels = max_pixels
 
@@ -192,11 +187,22 @@ class Classifier:
             MissingExtra: OpenVINO is not installed.
             ValueError: a dtype that this device or engine lacks.
         """
-        self._exact = exact and dtype == "fp32" and engine != "openvino"
-        self._net, self.dtype, self.engine = self._build(dtype, engine, ranges or self.ranges, calibration)
+        exact = exact and dtype == "fp32" and engine != "openvino"
+        self._net, self.dtype, self.engine = self._build(dtype, engine, exact, ranges or self.ranges, calibration)
+        self._exact = exact
+        self._upload: Callable[[list[np.ndarray]], Tensor] = self.preprocess.normalise_batch
+        if self.device.type == "cuda":
+            from opsin.engine import cuda
+
+            self._upload = cuda.Uploader(self.preprocess, self.device, cuda.DTYPES.get(self.dtype, torch.float32))
 
     def _build(
-        self, dtype: str, engine: str, ranges: engines.Ranges | None, calibration: Sequence[Tensor] | None
+        self,
+        dtype: Any,  # engines check it
+        engine: str,
+        exact: bool,
+        ranges: engines.Ranges | None,
+        calibration: Sequence[Tensor] | None,
     ) -> tuple[Any, str, str]:
         """What runs, its dtype and its engine."""
         on_cpu = self.device.type == "cpu"
@@ -213,9 +219,8 @@ class Classifier:
                 dtype = "bf16" if has_bf16() else "fp32"
             if dtype == "int8" and calibration is None:
                 raise ModelError(f"{self.source.name}: OpenVINO's int8 needs images to calibrate with: {OPTIMISE}")
-            precision: Any = dtype
             net = openvino.compile(
-                self.model, precision, image_size=self.image_size, calibration=calibration, cache=cache_folder()
+                self.model, dtype, image_size=self.image_size, calibration=calibration, cache=cache_folder()
             )
             return net, dtype, "openvino"
         if not on_cpu:
@@ -223,8 +228,8 @@ class Classifier:
                 return self.model, "fp32", "torch"
             from opsin.engine import cuda
 
-            return cuda.pack(self.model, dtype, self.device), dtype, "torch"  # type: ignore[arg-type]
-        if self._exact or not engines.can_pack():
+            return cuda.pack(self.model, dtype, self.device), dtype, "torch"
+        if exact or not engines.can_pack():
             if dtype not in ("auto", "fp32"):
                 raise ValueError(f'dtype "{dtype}" needs a torch with oneDNN, which this one lacks. Take "fp32".')
             return self.model, "fp32", "torch"
@@ -232,7 +237,7 @@ class Classifier:
             dtype = "int8" if ranges is not None and has_int8() else "bf16" if has_bf16() else "fp32"
         if dtype == "int8" and ranges is None:
             raise ModelError(f"{self.source.name} has no ranges for int8. {OPTIMISE}")
-        return engines.pack(self.model, dtype, ranges), dtype, "torch"  # type: ignore[arg-type]
+        return engines.pack(self.model, dtype, ranges), dtype, "torch"
 
     @property
     def feature_dim(self) -> int:
@@ -280,7 +285,7 @@ class Classifier:
     def stream(
         self, images: Iterable[ImageSource], *, batch_size: int = 32, top_k: int = 5, embed: bool = False
     ) -> Generator[Record]:
-        """Exactly one record per input, in order, in constant memory; decoding runs on threads beside the model.
+        """Exactly one record per input, in order, in constant memory; threads decode, and download beside the model.
 
         A record is `{"path", "ok": True, "label", "index", "score", "topk", "width", "height", "ms"}`, with `embed`
         `{"path", "ok": True, "embedding", "width", "height", "ms"}`, and for an input that cannot be read
