@@ -8,12 +8,8 @@ BIN := .venv/bin
 demo: .venv/.run
 	HF_HUB_OFFLINE=1 $(BIN)/opsin classify examples/photos --top-k 3
 
-# OpenVINO and the other libraries in a process of their own: beside everything else one crashed, rarely, in clearing up
-RIVALS := tests/engine/test_openvino.py tests/test_bench.py tests/test_autopilot.py
-
 test: .venv/.dev
-	$(BIN)/python -m pytest $(RIVALS)
-	$(BIN)/python -m pytest $(RIVALS:%=--ignore=%)
+	$(BIN)/python -m pytest
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -349,3 +349,23 @@ def test_nothing_is_printed_sent_or_patched(tmp_path: Path) -> None:
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not (tmp_path / "intel").exists()  # where openvino_telemetry keeps its identifier
+
+
+def test_nets_that_go_in_the_order_in_which_they_came() -> None:
+    """The thread's stack for signals stays one that is memory: a child that ends is no segmentation fault."""
+    code = """
+import gc, signal, subprocess, sys
+from opsin.engine import openvino
+from opsin.models.vit import ViT, ViTConfig
+config = ViTConfig(image_size=(16, 16), patch_size=8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8, num_classes=3)
+nets = [openvino.compile(ViT(config).eval(), "fp32", image_size=(16, 16)) for _ in range(3)]
+while nets:
+    del nets[0]
+    gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: None)
+for _ in range(3):
+    subprocess.run([sys.executable, "-c", "pass"])
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr

@@ -20,6 +20,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,13 @@ def compile(
             raise ValueError("int8 needs images to calibrate with: calibration=[pixels (B, 3, H, W), …].")
         for batch in calibration:
             _check(batch, "a batch of calibration", image_size)
-    openvino = _import("openvino")
     with _lock:
         if calibration is None or precision != "int8":
             graph = _convert(model, image_size)
         else:
             graph = _quantised(model, image_size, calibration, cache)
     low = precision == "bf16" or (precision == "int8" and has_bf16())
-    compiled = openvino.Core().compile_model(
+    compiled = _core().compile_model(
         graph,
         "CPU",
         {
@@ -308,10 +308,21 @@ def _read(path: Path) -> Any:
     end = 8 + int.from_bytes(content[:8].tobytes(), "little")
     openvino = _import("openvino")
     weights = openvino.Tensor(content[end:].copy())  # aligned
-    return openvino.Core().read_model(content[8:end].tobytes(), weights)
+    return _core().read_model(content[8:end].tobytes(), weights)
 
 
 # ── packages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@cache
+def _core() -> Any:
+    """The one of this process, for as long as it lives.
+
+    Each that compiles for the CPU gives the thread another stack for signals, and takes it away again when it goes:
+    several that went in the order in which they came left the thread one that is no memory, and the next signal, be it
+    that a child has ended, was a segmentation fault.
+    """
+    return _import("openvino").Core()
 
 
 def _import(package: str) -> Any:
