@@ -459,25 +459,8 @@ def test_contact_sheet_of_nothing_and_of_too_much(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='"a.gif" ends in ".gif". A contact sheet is a .png or a .jpg.'):
         contact_sheet(tmp_path / "a.gif", [], decode)
     many = [Finding("tiny", "a", "")] * 2000
-    with pytest.raises(ValueError, match="JPEG ends at 65,535. Lower per_kind, or name a .png."):
+    with pytest.raises(ValueError, match="JPEG ends at 65,535. Draw fewer pictures, or name a .png."):
         contact_sheet(tmp_path / "a.jpg", many, lambda key: Image.new("RGB", (1, 1)), per_kind=2000)
-
-
-def test_a_tiny_image_is_enlarged_by_whole_pixels() -> None:
-    image = Image.new("RGB", (21, 10), "red")
-    assert doctor._thumb(image).size == (84, 40)
-    assert doctor._thumb(Image.new("RGB", (900, 60))).size == (180, 12)
-    assert doctor._thumb(Image.new("RGB", (1, 9000))).size == (1, 180)
-    assert doctor._thumb(Image.new("RGB", (150, 90))).size == (150, 90)
-
-
-def test_shortened_names_keep_their_end() -> None:
-    short = doctor._shorten("a/long/way/to/the/picture-0001.jpg", 120, 13)
-    assert short.startswith("…") and short.endswith("picture-0001.jpg")
-    assert doctor._shorten("a.jpg", 120, 13) == "a.jpg"
-    assert doctor._folder(["a/b/c.jpg", "a/b/d/e.jpg", "a/bc.jpg"]) == "a/"
-    assert doctor._folder(["a/b/c.jpg"]) == "a/b/"
-    assert doctor._folder(["c.jpg", "d.jpg"]) == doctor._folder([]) == ""
 
 
 def test_kinds_are_all_explained() -> None:

@@ -8,16 +8,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from opsin import sheets
 from opsin.data.samples import Samples, split
 from opsin.errors import ImageError, ImageUnreadable
 from opsin.preprocess import IMAGE_EXTENSIONS, MAX_PIXELS, READERS, avif_reader, decode, exif_orientation, heic_reader
+from opsin.sheets import plain
 
 TINY = 32  # pixels; a shorter side below it
 THIN = 5  # longer side over shorter
@@ -94,7 +95,7 @@ class Report:
             for finding in itertools.islice((f for f in self.findings if f.kind == kind), limit):
                 others = ", ".join(_code(key) for key in finding.related[:5])
                 more = f" and {len(finding.related) - 5} more" if len(finding.related) > 5 else ""
-                lines.append(f"- {_code(finding.key)}: {_plain(finding.detail)}{f': {others}' if others else ''}{more}")
+                lines.append(f"- {_code(finding.key)}: {plain(finding.detail)}{f': {others}' if others else ''}{more}")
             if number > limit:
                 lines.append(f"- … {number - limit} more")
         return "\n".join(lines) + "\n"
@@ -104,14 +105,8 @@ def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def _plain(text: str) -> str:
-    """On one line and in valid Unicode, whatever a file is called."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
-
-
 def _code(text: str) -> str:
-    text = _plain(text)
+    text = plain(text)
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
@@ -522,22 +517,7 @@ def _of_classes(names: Sequence[str], numbers: Sequence[int]) -> Iterator[Findin
 
 # ── contact sheet ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_WIDTH, _MARGIN, _GAP = 1240, 30, 20  # pixels, as all below
-_THUMB = 180
-_COLUMNS = 6
-_PAPER, _INK, _PALE, _TILE = "#ffffff", "#1b1f24", "#6a737d", "#eef0f2"
 _COLOURS = {"unreadable": "#c62828", "leak": "#c62828", "two_classes": "#c62828"}  # the others: amber
-_MOST_LINES = 3
-# tried where a name needs more than Pillow's own font has; by file name, in the folders of the system
-_WIDE_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansSC-Regular.otf",
-    "wqy-microhei.ttc",
-    "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
-    "msyh.ttc",
-    "DejaVuSans.ttf",
-)
 
 
 def contact_sheet(
@@ -560,146 +540,26 @@ def contact_sheet(
         ValueError: neither .png nor .jpg, or a sheet longer than JPEG takes.
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f'"{path.name}" ends in "{path.suffix}". A contact sheet is a .png or a .jpg.')
+    sheets.check_format(path)
     groups: dict[str, list[Finding]] = {kind: [] for kind in KINDS if kind not in OF_CLASSES}
     for finding in findings:
         if finding.kind in groups:
             groups[finding.kind].append(finding)
-    keys = [key for found in groups.values() for finding in found for key in (finding.key, *finding.related)]
-    folder = _folder(keys)
-    blocks = [_block(kind, found, load, per_kind, folder) for kind, found in groups.items() if found]
-    if not blocks:
-        return 0
-    height = _MARGIN + sum(block.height + _MARGIN for block in blocks)
-    if path.suffix.lower() != ".png" and height > 65_500:
-        raise ValueError(
-            f"the sheet would be {height:,} pixels high, and JPEG ends at 65,535. Lower per_kind, or name a .png."
-        )
-    sheet = Image.new("RGB", (_WIDTH, height), _PAPER)
-    top = _MARGIN
-    for block in blocks:
-        sheet.paste(block, (0, top))
-        top += block.height + _MARGIN
-    sheet.save(path, quality=90)  # which PNG does not mind
-    return sum(min(len(found), per_kind) for found in groups.values())
+    blocks = [_block(kind, found, per_kind) for kind, found in groups.items() if found]
+    if blocks:
+        sheets.draw(path, blocks, load)
+    return sum(len(block.cells) for block in blocks)
 
 
-def _folder(keys: Sequence[str]) -> str:
-    """What all keys have in front, up to a slash: it need not be written under each."""
-    first, last = min(keys, default=""), max(keys, default="")
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[: first.rfind("/", 0, same) + 1]
-
-
-def _block(
-    kind: str, findings: Sequence[Finding], load: Callable[[str], Image.Image], per_kind: int, folder: str
-) -> Image.Image:
-    """The title of a kind and its findings, line by line; those with others to compare to take two columns."""
+def _block(kind: str, findings: Sequence[Finding], per_kind: int) -> sheets.Block:
+    """The title of a kind and its findings; those with others to compare to show the first of them."""
     title, meaning = KINDS[kind]
     shown = findings[:per_kind]
-    cells = [_cell(finding, load, folder) for finding in shown]
-    lines: list[list[Image.Image]] = [[]]
-    for cell in cells:
-        if sum(c.width + _GAP for c in lines[-1]) + cell.width > _WIDTH - 2 * _MARGIN:
-            lines.append([])
-        lines[-1].append(cell)
-    head = 62
-    height = head + sum(max(cell.height for cell in line) + _GAP for line in lines) - _GAP
-    block = Image.new("RGB", (_WIDTH, height), _PAPER)
-    draw = ImageDraw.Draw(block)
-    draw.rectangle((_MARGIN, 2, _MARGIN + 5, 44), fill=_COLOURS.get(kind, "#e09b1a"))
     number = f"{len(findings):,}" if len(shown) == len(findings) else f"{len(shown)} of {len(findings):,}"
-    _write(draw, (_MARGIN + 18, 0), f"{title} · {number}", 22, _INK)
-    _write(draw, (_MARGIN + 18, 28), meaning, 15, _PALE)
-    top = head
-    for line in lines:
-        left = _MARGIN
-        for cell in line:
-            block.paste(cell, (left, top))
-            left += cell.width + _GAP
-        top += max(cell.height for cell in line) + _GAP
-    return block
-
-
-def _cell(finding: Finding, load: Callable[[str], Image.Image], folder: str) -> Image.Image:
-    keys = [finding.key, *finding.related[:1]]
-    width = len(keys) * (_THUMB + _GAP) - _GAP
-    detail = finding.detail.replace(f"{finding.key}: ", "").replace("×", "x")  # which Pillow's font does not have
-    if len(finding.related) > 1:
-        detail += f" (and {len(finding.related) - 1} more)"
-    lines = _wrap(detail, width, 13)
-    cell = Image.new("RGB", (width, _THUMB + 26 + 17 * len(lines)), _PAPER)
-    draw = ImageDraw.Draw(cell)
-    for column, key in enumerate(keys):
-        left = column * (_THUMB + _GAP)
-        try:
-            thumb = _thumb(load(key))
-        except ImageError:
-            draw.rectangle((left, 0, left + _THUMB - 1, _THUMB - 1), fill=_TILE, outline="#c9ced4")
-            middle = left + _THUMB // 2, _THUMB // 2
-            for slope in (-1, 1):
-                ends = (middle[0] - 22, middle[1] - 22 * slope, middle[0] + 22, middle[1] + 22 * slope)
-                draw.line(ends, fill="#c62828", width=5)
-        else:
-            draw.rectangle((left, 0, left + _THUMB - 1, _THUMB - 1), fill=_TILE)
-            cell.paste(thumb, (left + (_THUMB - thumb.width) // 2, (_THUMB - thumb.height) // 2))
-        _write(draw, (left, _THUMB + 5), _shorten(_plain(key.removeprefix(folder)), _THUMB, 13), 13, _INK)
-    for number, line in enumerate(lines):
-        draw.text((0, _THUMB + 23 + 17 * number), line, _PALE, _font_for(detail, 13))
-    return cell
-
-
-def _thumb(image: Image.Image) -> Image.Image:
-    """Within the tile; a tiny image enlarged by whole pixels."""
-    scale = _THUMB / max(image.size)
-    if scale >= 2:
-        factor = min(int(scale), 4)
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    size = (max(1, round(image.width * min(scale, 1))), max(1, round(image.height * min(scale, 1))))
-    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-
-
-@cache
-def _font(size: int, wide: bool) -> Any:
-    for name in _WIDE_FONTS if wide else ():
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
-
-
-def _font_for(text: str, size: int) -> Any:
-    return _font(size, not text.translate(dict.fromkeys(map(ord, "‘’“”…·"))).isascii())
-
-
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: str) -> None:
-    draw.text(place, text, colour, _font_for(text, size))
-
-
-def _shorten(text: str, width: int, size: int) -> str:
-    """The end of a path says most: cut from the front until it fits."""
-    font = _font_for(text, size)
-    if font.getlength(text) <= width:
-        return text
-    return next((cut for start in range(len(text)) if font.getlength(cut := "…" + text[start:]) <= width), "")
-
-
-def _wrap(text: str, width: int, size: int) -> list[str]:
-    """Lines of at most `width` pixels, no more than `_MOST_LINES`."""
-    lines: list[str] = []
-    rest, font = _plain(text).split(), _font_for(text, size)
-    while rest and len(lines) < _MOST_LINES:
-        count = 1
-        while count < len(rest) and font.getlength(" ".join(rest[: count + 1])) <= width:
-            count += 1
-        line = " ".join(rest[:count])
-        while font.getlength(line) > width:  # a single word, too long
-            line = line[:-2] + "…"
-        lines.append(line)
-        rest = rest[count:]
-    if rest:
-        lines[-1] = lines[-1][:-1].rstrip() + "…"
-    return lines
+    cells = []
+    for finding in shown:
+        detail = finding.detail.replace(f"{finding.key}: ", "")
+        if len(finding.related) > 1:
+            detail += f" (and {len(finding.related) - 1} more)"
+        cells.append(sheets.Cell((finding.key, *finding.related[:1]), ((detail, sheets.PALE),)))
+    return sheets.Block(f"{title} · {number}", meaning, _COLOURS.get(kind, "#e09b1a"), cells)
