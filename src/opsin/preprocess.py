@@ -692,6 +692,23 @@ class PreprocessConfig:
             self._write_normalised(pixels, out)
         return torch.from_numpy(batch)
 
+    def region(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Where the pixels lie in an image: left, top, right, bottom, in pixels of the upright original.
+
+        Beyond the image where a crop pads: negative, or more than its width and height.
+
+        Args:
+            size: (width, height) of the upright original.
+        """
+        kept = size[::-1] if self.source_crop is None else self._cropped(size)
+        resized = kept if self.size is None else self._resized(kept[::-1])
+        spans = []
+        for length, inner, side, crop in zip(size[::-1], kept, resized, self.crop_size or resized, strict=True):
+            start, _ = _centre(length, inner, self.crop_rounding)
+            spans.append([start + edge * inner / side for edge in _centre(side, crop, self.crop_rounding)])
+        (top, bottom), (left, right) = spans
+        return left, top, right, bottom
+
     def spec(self) -> dict[str, Any]:
         """Every field as JSON has it; `from_spec` is the inverse."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -10,7 +10,7 @@ from opsin.checkpoints import Checkpoint
 from opsin.compat.pretrained import Config, ModelOutput, Pretrained
 from opsin.errors import CheckpointError, NoHead
 from opsin.labels import Labels
-from opsin.models.layers import CrossAttentionLayer
+from opsin.models.layers import Trace
 from opsin.models.perceiver_io import (
     FlowPerceiver,
     FrontEnd,
@@ -51,49 +51,35 @@ def config_of(config: PerceiverConfig, labels: Labels | None, **values: Any) -> 
     )
 
 
+class _Asked:
+    """What a caller wants to see of the way from inputs to outputs; `trace` goes along, None where nothing is asked."""
+
+    def __init__(self, config: Config, output_attentions: bool | None, output_hidden_states: bool | None) -> None:
+        self.attentions = config.output_attentions if output_attentions is None else output_attentions
+        self.states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        self.trace = Trace() if self.attentions or self.states else None
+
+    def outputs(self) -> dict[str, tuple[Tensor, ...]]:
+        """`hidden_states` before each layer and once more at the end of each block, `attentions` of the latents
+        (B, heads, M, M), `cross_attentions` of the latents to the tokens (B, heads, M, N), of the decoder's queries."""
+        found: dict[str, tuple[Tensor, ...]] = {}
+        if self.trace is not None and self.states:
+            found["hidden_states"] = tuple(self.trace.states)
+        if self.trace is not None and self.attentions:
+            read, *inner, decoded = (use.weights() for use in self.trace.attended)
+            found |= {"attentions": tuple(inner), "cross_attentions": (read, decoded)}
+        return found
+
+
 class _Perceiver(Pretrained):
     """`forward` of each: inputs → tokens → latents → outputs, and what was asked for on the way."""
 
-    def _encode(
-        self, tokens: Tensor, mask: Tensor | None, output_attentions: bool | None, output_hidden_states: bool | None
-    ) -> tuple[Tensor, dict[str, tuple[Tensor, ...]]]:
-        """Latents (B, M, D); `hidden_states` before each layer and once more at the end of each block, `attentions` of
-        the latents (B, heads, M, M), `cross_attentions` of the latents to the tokens (B, heads, M, N)."""
-        encoder = self.model.encoder
-        with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if not with_attentions and not with_states:
-            return encoder(tokens, mask), {}
-        latents = encoder.latents.expand(tokens.shape[0], -1, -1)
-        crossed = _weights(encoder.cross, latents, tokens, mask)
-        latents, states, attentions = encoder.cross(latents, tokens, mask), [], []
-        for _ in range(encoder.num_blocks):
-            for layer in encoder.layers:
-                states.append(latents)
-                if with_attentions:
-                    normed = layer.norm1(latents)
-                    attentions.append(layer.attn.weights(normed, normed))
-                latents = layer(latents)
-            states.append(latents)
-        asked: dict[str, tuple[Tensor, ...]] = {}
-        if with_states:
-            asked["hidden_states"] = tuple(states)
-        if with_attentions:
-            asked |= {"attentions": tuple(attentions), "cross_attentions": (crossed,)}
-        return latents, asked
-
-    def _read(self, queries: Tensor, latents: Tensor, asked: dict[str, tuple[Tensor, ...]]) -> None:
-        """Adds the attention of the decoder's queries to `cross_attentions`, where those are asked for."""
-        if "cross_attentions" in asked:
-            asked["cross_attentions"] += (_weights(self.model.decoder.cross, queries, latents, None),)
+    def _asked(self, output_attentions: bool | None, output_hidden_states: bool | None) -> _Asked:
+        return _Asked(self.config, output_attentions, output_hidden_states)
 
     def _output(self, return_dict: bool | None, **values: Any) -> Any:
         output = PerceiverClassifierOutput(**values)
         return output.to_tuple() if return_dict is False else output
-
-
-def _weights(layer: CrossAttentionLayer, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    return layer.attn.weights(layer.norm_q(queries), layer.norm_kv(tokens), mask)
 
 
 def _one_of(inputs: Any, other: Any, name: str) -> Any:
@@ -156,13 +142,11 @@ class _ImageClassifier(_Perceiver):
                 f"pixel_values are {size[0]}×{size[1]}; the positions of this model are for {learned[0]}×{learned[1]}. "
                 "Resize the images, or pass interpolate_pos_encoding=True."
             )
-        tokens = model.embed(pixels)
-        latents, asked = self._encode(tokens, _bool(attention_mask), output_attentions, output_hidden_states)
-        queries = model.decoder.queries(latents)
-        self._read(queries, latents, asked)
-        logits = model.decoder(queries, latents)
+        asked = self._asked(output_attentions, output_hidden_states)
+        latents = model.encoder(model.embed(pixels), _bool(attention_mask), asked.trace)
+        logits = model.decoder(model.decoder.queries(latents), latents, trace=asked.trace)
         loss = None if labels is None else self._loss(logits, labels.to(logits.device))
-        return self._output(return_dict, loss=loss, logits=logits, **asked)
+        return self._output(return_dict, loss=loss, logits=logits, **asked.outputs())
 
 
 class PerceiverForImageClassificationConvProcessing(_ImageClassifier):
@@ -214,12 +198,10 @@ class PerceiverForMaskedLM(_Perceiver):
     ) -> Any:
         """Logits (B, N, V) of ids (B, N), and the mean loss over the places whose label (B, N) is not -100."""
         model, ids, mask = self.model, _one_of(inputs, input_ids, "input_ids"), _bool(attention_mask)
-        latents, asked = self._encode(model.embed(ids), mask, output_attentions, output_hidden_states)
-        queries = model.queries(ids)
-        self._read(queries, latents, asked)
-        logits = model.decode(queries, latents, mask)
+        asked = self._asked(output_attentions, output_hidden_states)
+        logits = model(ids, mask, asked.trace)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        output = PerceiverMaskedLMOutput(loss=loss, logits=logits, **asked)
+        output = PerceiverMaskedLMOutput(loss=loss, logits=logits, **asked.outputs())
         return output.to_tuple() if return_dict is False else output
 
 
@@ -248,10 +230,10 @@ class PerceiverForOpticalFlow(_Perceiver):
         """
         model = self.model
         tokens = model.front_end(inputs.to(self.dtype))
-        latents, asked = self._encode(tokens, _bool(attention_mask), output_attentions, output_hidden_states)
-        self._read(tokens, latents, asked)
-        logits = model.decode(tokens, latents).unflatten(1, inputs.shape[-2:])
-        return self._output(return_dict, logits=logits, **asked)
+        asked = self._asked(output_attentions, output_hidden_states)
+        latents = model.encoder(tokens, _bool(attention_mask), asked.trace)
+        logits = model.decode(tokens, latents, asked.trace).unflatten(1, inputs.shape[-2:])
+        return self._output(return_dict, logits=logits, **asked.outputs())
 
 
 class PerceiverForMultimodalAutoencoding(_Perceiver):
@@ -300,8 +282,7 @@ class PerceiverForMultimodalAutoencoding(_Perceiver):
             )
         model = self.model
         tokens = model.embed(inputs["image"].to(self.dtype), inputs["audio"].flatten(1).to(self.dtype))
-        latents, asked = self._encode(tokens, _bool(attention_mask), output_attentions, output_hidden_states)
-        queries = model.decoder.queries(latents, {"image": image_points, "audio": audio_points})
-        self._read(queries, latents, asked)
-        logits = model.decode(latents, image_points=image_points, audio_points=audio_points)
-        return self._output(return_dict, logits=logits, **asked)
+        asked = self._asked(output_attentions, output_hidden_states)
+        latents = model.encoder(tokens, _bool(attention_mask), asked.trace)
+        logits = model.decode(latents, image_points=image_points, audio_points=audio_points, trace=asked.trace)
+        return self._output(return_dict, logits=logits, **asked.outputs())

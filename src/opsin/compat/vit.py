@@ -11,6 +11,7 @@ from opsin.compat.pretrained import Config, ModelOutput, Pretrained
 from opsin.errors import NoHead
 from opsin.labels import Labels
 from opsin.models import vit
+from opsin.models.layers import Trace
 
 
 class ImageClassifierOutput(ModelOutput):
@@ -70,19 +71,11 @@ class _ViT(Pretrained):
             )
         with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        tokens = model.embed(pixel_values.to(self.dtype))
-        states, attentions = [tokens], []
-        for layer in model.layers:
-            if with_attentions:
-                normed = layer.norm1(tokens)
-                attentions.append(layer.attn.weights(normed, normed))
-            tokens = layer(tokens)
-            states.append(tokens)
-        if not model.config.norm_after_pool:
-            tokens = model.norm(tokens)
+        trace = Trace() if with_attentions or with_states else None
+        tokens = model.encode(model.embed(pixel_values.to(self.dtype)), trace)
         return tokens, {
-            "hidden_states": tuple(states) if with_states else None,
-            "attentions": tuple(attentions) if with_attentions else None,
+            "hidden_states": tuple(trace.states) if trace and with_states else None,
+            "attentions": tuple(use.weights() for use in trace.attended) if trace and with_attentions else None,
         }
 
 

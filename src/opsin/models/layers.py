@@ -1,5 +1,6 @@
 """Attention, MLP and transformer layer: the parts the models share."""
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -14,6 +15,40 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """What a forward pass leaves on its way: give `encode`, `pool` or `forward` an empty one, and read it afterwards.
+
+    The pass itself is the usual, fused one; the attention, which it never stores, is computed beside it when asked for.
+    """
+
+    states: list[Tensor] = field(default_factory=list)  # before each transformer layer and after the last (of a block)
+    attended: "list[Attended]" = field(default_factory=list)  # in the order of use; a shared layer is there each time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attended:
+    """One use of an `Attention` in a forward pass."""
+
+    attn: "Attention"
+    queries: Tensor  # B M D
+    tokens: Tensor  # B N C
+    mask: Tensor | None  # B N
+    context: Tensor  # what the heads have read, side by side, before the last projection: B M V
+
+    def weights(self) -> Tensor:
+        """The softmax weights A of this use, (B, heads, M, N)."""
+        return self.attn.weights(self.queries, self.tokens, self.mask)
+
+    def weights_grad(self, context_grad: Tensor) -> Tensor:
+        """dL/dA (B, heads, M, N) of a dL/dcontext (B, M, V): a head's context is A·v, so that dL/dA = dL/dcontext·vᵀ.
+
+        It equals what autograd gives for an explicit softmax, each weight taken as a variable of its own.
+        """
+        v = self.attn._split(self.attn.v(self.tokens))
+        return self.attn._split(context_grad) @ v.transpose(-2, -1)
 
 
 class Attention(nn.Module):
@@ -55,14 +90,21 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B h N d
 
     def forward(
-        self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """(B, M, D) queries attend over (B, N, C) tokens → (B, M, D).
 
         Args:
             mask: (B, N) bool, which tokens may be attended to. Where none may, the context is zero.
             query_mask: (B, M) bool; the context of the others is zero.
+            trace: takes note of this use.
         """
+        readable = mask
         if mask is not None:
             some = mask.any(dim=1, keepdim=True)  # B 1
             query_mask = some if query_mask is None else query_mask & some
@@ -80,6 +122,8 @@ class Attention(nn.Module):
             x = x[..., :v_dim].transpose(1, 2).flatten(2)
         if query_mask is not None:
             x = x * query_mask[:, :, None]
+        if trace is not None:
+            trace.attended.append(Attended(self, queries, tokens, readable, x))
         return self.out(x)
 
     def _read_long(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -169,10 +213,12 @@ class TransformerLayer(nn.Module):
             x = x * torch.empty(x.shape[0], 1, 1, device=x.device, dtype=x.dtype).bernoulli_(keep) / keep
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, trace: Trace | None = None) -> Tensor:
         """(B, N, D) → (B, N, D)."""
+        if trace is not None:
+            trace.states.append(x)
         y = self.norm1(x)
-        x = x + self._branch(self.attn(y, y), self.attn_scale)
+        x = x + self._branch(self.attn(y, y, trace=trace), self.attn_scale)
         return x + self._branch(self.mlp(self.norm2(x)), self.mlp_scale)
 
 
@@ -209,10 +255,15 @@ class CrossAttentionLayer(nn.Module):
         self.mlp = MLP(dim, mlp_dim, activation=activation)
 
     def forward(
-        self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """(B, M, D), (B, N, C) → (B, M, D); the masks as `Attention` takes them."""
-        x = self.attn(self.norm_q(queries), self.norm_kv(tokens), mask, query_mask)
+        x = self.attn(self.norm_q(queries), self.norm_kv(tokens), mask, query_mask, trace)
         if self.query_residual:
             x = queries + x
         return x + self.mlp(self.norm_mlp(x))
@@ -231,6 +282,6 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim, mlp_dim, activation=activation)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.attn(self.probe.expand(tokens.shape[0], -1, -1), tokens)
+    def forward(self, tokens: Tensor, trace: Trace | None = None) -> Tensor:
+        x = self.attn(self.probe.expand(tokens.shape[0], -1, -1), tokens, trace=trace)
         return (x + self.mlp(self.norm(x)))[:, 0]

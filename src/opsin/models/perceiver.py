@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from opsin.models.layers import Activation, CrossAttentionLayer, TransformerLayer
+from opsin.models.layers import Activation, CrossAttentionLayer, Trace, TransformerLayer
 from opsin.models.position import FourierPositions, TrainablePositions
 
 NORM_EPS = 1e-5  # Haiku's, and in effect transformers', whose config field of this name is never read
@@ -100,20 +100,25 @@ class Encoder(nn.Module):
         )
         init_weights(self)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, trace: Trace | None = None) -> Tensor:
         """(B, N, C) → latents (B, M, D).
 
         Args:
             mask: (B, N) bool, which tokens are real; where none is, the latents read zeros.
+            trace: gets the latents before each layer and once more after each block, and every attention.
         """
         latents = self.latents.expand(tokens.shape[0], -1, -1)
-        latents = self._run(self.cross, latents, tokens, mask)
+        latents = self._run(self.cross, latents, tokens, mask, trace=trace)
         for _ in range(self.num_blocks):
             for layer in self.layers:
-                latents = self._run(layer, latents)
+                latents = self._run(layer, latents, trace=trace)
+            if trace is not None:
+                trace.states.append(latents)
         return latents
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, layer: nn.Module, *inputs: Tensor | None, trace: Trace | None) -> Tensor:
+        if trace is not None:
+            return layer(*inputs, trace=trace)
         if self.gradient_checkpointing and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -165,13 +170,17 @@ class Decoder(nn.Module):
         assert self.positions is not None
         return self.positions(like=tokens).expand(tokens.shape[0], -1, -1)
 
-    def read(self, queries: Tensor, latents: Tensor, query_mask: Tensor | None = None) -> Tensor:
+    def read(
+        self, queries: Tensor, latents: Tensor, query_mask: Tensor | None = None, trace: Trace | None = None
+    ) -> Tensor:
         """(B, Q, F), before the last projection. `query_mask` (B, Q) bool: the others read zeros."""
-        return self.cross(queries, latents, None, query_mask)
+        return self.cross(queries, latents, None, query_mask, trace)
 
-    def forward(self, queries: Tensor, latents: Tensor, query_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, queries: Tensor, latents: Tensor, query_mask: Tensor | None = None, trace: Trace | None = None
+    ) -> Tensor:
         """(B, Q, F), (B, M, D) → (B, Q, K)."""
-        x = self.read(queries, latents, query_mask)
+        x = self.read(queries, latents, query_mask, trace)
         return x if self.out is None else self.out(x)
 
 
@@ -183,12 +192,14 @@ class ClassificationDecoder(Decoder):
             TrainablePositions((1,), query_dim), query_dim=query_dim, latent_dim=latent_dim, out_dim=num_classes, **rest
         )
 
-    def features(self, latents: Tensor) -> Tensor:
+    def features(self, latents: Tensor, trace: Trace | None = None) -> Tensor:
         """(B, M, D) → what the query read, (B, F)."""
-        return self.read(self.queries(latents), latents)[:, 0]
+        return self.read(self.queries(latents), latents, trace=trace)[:, 0]
 
-    def forward(self, queries: Tensor, latents: Tensor, query_mask: Tensor | None = None) -> Tensor:
-        return super().forward(queries, latents)[:, 0]
+    def forward(
+        self, queries: Tensor, latents: Tensor, query_mask: Tensor | None = None, trace: Trace | None = None
+    ) -> Tensor:
+        return super().forward(queries, latents, trace=trace)[:, 0]
 
 
 class ProjectionDecoder(nn.Module):

@@ -29,7 +29,7 @@ from opsin.models.front_ends import (
     Pixels,
     flow_patches,
 )
-from opsin.models.layers import Activation
+from opsin.models.layers import Activation, Trace
 from opsin.models.perceiver import ClassificationDecoder, Decoder, DenseDecoder, Encoder, MultimodalDecoder
 from opsin.models.position import FourierPositions, TrainablePositions
 
@@ -136,7 +136,9 @@ class ImagePerceiver(nn.Module):
     """pixels (B, C, H, W) → logits (B, K), or features (B, D) where there is no head.
 
     The path in four steps, each a method, as in `ViT`: `embed` (pixels → tokens), `encode` (tokens → latents), `pool`
-    (latents → features: what the decoder's query reads), `classify` (features → logits). Any image size is taken:
+    (latents → features: what the decoder's query reads), `classify` (features → logits). `encode` and `pool` take a
+    `Trace`, which shows the attention on the way: input to latents, among latents, latents to query. Any image size is
+    taken:
     Fourier positions are computed for it, learned ones interpolated.
     """
 
@@ -180,13 +182,13 @@ class ImagePerceiver(nn.Module):
             raise ValueError(f"pixels have shape {tuple(pixels.shape)}; this model takes (B, {c.num_channels}, H, W).")
         return self.front_end(pixels)
 
-    def encode(self, tokens: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, trace: Trace | None = None) -> Tensor:
         """(B, N, C) → latents (B, M, D)."""
-        return self.encoder(tokens)
+        return self.encoder(tokens, trace=trace)
 
-    def pool(self, latents: Tensor) -> Tensor:
+    def pool(self, latents: Tensor, trace: Trace | None = None) -> Tensor:
         """(B, M, D) → features (B, D)."""
-        return self.decoder.features(latents)
+        return self.decoder.features(latents, trace)
 
     def classify(self, features: Tensor) -> Tensor:
         """Features (B, D) → logits (B, K)."""
@@ -198,9 +200,9 @@ class ImagePerceiver(nn.Module):
         """(B, C, H, W) → (B, D)."""
         return self.pool(self.encode(self.embed(pixels)))
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, trace: Trace | None = None) -> Tensor:
         """(B, C, H, W) → logits (B, K); features (B, D) where there is no head."""
-        features = self.features(pixels)
+        features = self.pool(self.encode(self.embed(pixels), trace), trace)
         return features if self.decoder.out is None else self.decoder.out(features)
 
 
@@ -245,7 +247,7 @@ class TextPerceiver(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(c.vocab_size))
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, trace: Trace | None = None) -> Tensor:
         """
         Args:
             ids: (B, N) int64, N up to `max_length`.
@@ -256,7 +258,7 @@ class TextPerceiver(nn.Module):
             ValueError: N is more than `max_length`.
         """
         mask = None if mask is None else mask.bool()
-        return self.decode(self.queries(ids), self.encoder(self.embed(ids), mask), mask)
+        return self.decode(self.queries(ids), self.encoder(self.embed(ids), mask, trace), mask, trace)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, N) → tokens (B, N, C)."""
@@ -269,13 +271,15 @@ class TextPerceiver(nn.Module):
         assert self.decoder.positions is not None
         return self.decoder.positions()[: ids.shape[1]].expand(ids.shape[0], -1, -1)
 
-    def decode(self, queries: Tensor, latents: Tensor, mask: Tensor | None = None) -> Tensor:
+    def decode(
+        self, queries: Tensor, latents: Tensor, mask: Tensor | None = None, trace: Trace | None = None
+    ) -> Tensor:
         """(B, N, F), (B, M, D) → logits (B, N, V); the embedding matrix is also the last layer.
 
         Args:
             mask: (B, N) bool. The original masks the queries too, which changes padded places only.
         """
-        x = self.decoder(queries, latents, mask if self.config.numerics == "deepmind" else None)
+        x = self.decoder(queries, latents, mask if self.config.numerics == "deepmind" else None, trace)
         return F.linear(x, self.front_end.embed.weight, self.bias)
 
 
@@ -325,9 +329,9 @@ class FlowPerceiver(nn.Module):
         tokens = self.front_end(patches)
         return self.decode(tokens, self.encoder(tokens)).unflatten(1, patches.shape[-2:])
 
-    def decode(self, tokens: Tensor, latents: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, latents: Tensor, trace: Trace | None = None) -> Tensor:
         """(B, H·W, C), which are the queries, (B, M, D) → (B, H·W, 2)."""
-        return self.decoder(tokens, latents) / self.RESCALE
+        return self.decoder(tokens, latents, trace=trace) / self.RESCALE
 
 
 # ── video, audio and label ───────────────────────────────────────────────────────────────────────────────────────────
@@ -422,14 +426,16 @@ class MultimodalPerceiver(nn.Module):
         label = video.new_zeros(video.shape[0], self.config.num_classes)
         return self.front_end({"audio": audio, "image": video, "label": label})
 
-    def decode(self, latents: Tensor, *, image_points: Tensor, audio_points: Tensor) -> dict[str, Tensor]:
+    def decode(
+        self, latents: Tensor, *, image_points: Tensor, audio_points: Tensor, trace: Trace | None = None
+    ) -> dict[str, Tensor]:
         """Some of the outputs, at flat indices: pixels of (T, H, W), and audio patches.
 
         Returns:
             image (B, n, 3), audio (B, m · samples_per_patch), label: logits (B, K).
         """
         points: Mapping[str, Tensor] = {"image": image_points, "audio": audio_points}
-        x = self.decoder(self.decoder.queries(latents, points), latents)
+        x = self.decoder(self.decoder.queries(latents, points), latents, trace=trace)
         audio, image, label = x.split([len(audio_points), len(image_points), 1], dim=1)
         return {
             "audio": self.outputs["audio"](audio).flatten(1),

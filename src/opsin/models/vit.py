@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from opsin.models.layers import Activation, AttentionPool, TransformerLayer
+from opsin.models.layers import Activation, AttentionPool, Trace, TransformerLayer
 from opsin.models.position import PosResize, resize_pos_embed
 from opsin.models.resnet import ResNetStem, StemMaths, stem_stride
 
@@ -104,7 +104,8 @@ class ViT(nn.Module):
     """pixels (B, C, H, W) → logits (B, K), or features (B, D) where there is no head.
 
     The path in four steps, each a method: `embed` (pixels → tokens), `encode` (tokens → tokens), `pool`
-    (tokens → features), `classify` (features → logits). Any H and W that the patch size divides are taken: the
+    (tokens → features), `classify` (features → logits). `encode` and `pool` take a `Trace`, which shows tokens and
+    attention of every layer on the way. Any H and W that the patch size divides are taken: the
     position table is resized to the new grid by the method of the checkpoint's family.
     """
 
@@ -197,20 +198,24 @@ class ViT(nn.Module):
             x = torch.cat([front, self.registers.expand(x.shape[0], -1, -1), patches], dim=1)
         return nn.functional.dropout(x, c.dropout_rate, self.training)
 
-    def encode(self, tokens: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, trace: Trace | None = None) -> Tensor:
         """(B, P + N, D) → (B, P + N, D): all layers and, unless it comes after the pooling, the final norm."""
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
+            if trace is not None:
+                tokens = layer(tokens, trace)
+            elif self.gradient_checkpointing and self.training:
                 tokens = checkpoint(layer, tokens, use_reentrant=False)
             else:
                 tokens = layer(tokens)
+        if trace is not None:
+            trace.states.append(tokens)
         return tokens if self.config.norm_after_pool else self.norm(tokens)
 
-    def pool(self, tokens: Tensor) -> Tensor:
+    def pool(self, tokens: Tensor, trace: Trace | None = None) -> Tensor:
         """Encoded tokens (B, P + N, D) → features (B, D); (B, 2·D) for `token_mean`."""
         c = self.config
         if self.attn_pool is not None:
-            x = self.attn_pool(tokens[:, c.num_prefix :])
+            x = self.attn_pool(tokens[:, c.num_prefix :], trace)
         elif c.pool == "token":
             x = tokens[:, 0]
         else:
@@ -231,13 +236,13 @@ class ViT(nn.Module):
         """(B, C, H, W) → (B, D), before any `pre_logits`."""
         return self.pool(self.encode(self.embed(pixels)))
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, trace: Trace | None = None) -> Tensor:
         """(B, C, H, W) → logits (B, K); features (B, D) where there is no head.
 
         With a distillation token, the mean of the two heads' logits (Touvron et al. 2021, §4).
         """
-        tokens = self.encode(self.embed(pixels))
-        features = self.pool(tokens)
+        tokens = self.encode(self.embed(pixels), trace)
+        features = self.pool(tokens, trace)
         if self.head is None:
             return features
         logits = self.classify(features)
@@ -245,10 +250,5 @@ class ViT(nn.Module):
 
     def attention(self, pixels: Tensor) -> list[Tensor]:
         """Softmax attention of every layer, (B, heads, P + N, P + N) each, computed beside the fused forward path."""
-        x, maps = self.embed(pixels), []
-        for layer in self.layers:
-            assert isinstance(layer, TransformerLayer)
-            y = layer.norm1(x)
-            maps.append(layer.attn.weights(y, y))
-            x = layer(x)
-        return maps
+        self.encode(self.embed(pixels), trace := Trace())
+        return [use.weights() for use in trace.attended]
