@@ -1,12 +1,13 @@
-"""DeepMind's files: Haiku networks with the module structure, and so the names, of the release, through the reader.
+"""DeepMind's files: Haiku networks with the module structure, and so the names, of the release; read, and written.
 
 The networks below are an independent account of Jaegle et al. 2021 in JAX. Each is made with tiny sizes, all different,
-filled with noise, pickled as Haiku gives it, and read; both sides then see the same inputs.
+filled with noise, pickled as Haiku gives it, and read; and given what opsin writes. Both sides then see equal inputs.
 """
 
 import dataclasses
 import pickle
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from opsin import checkpoints
 from opsin.checkpoints import haiku as reader
 from opsin.checkpoints import pickles, rules
+from opsin.errors import CheckpointError
+from opsin.labels import Labels
 from opsin.models.perceiver_io import (
     FlowPerceiverConfig,
     ImagePerceiverConfig,
@@ -29,6 +32,7 @@ from opsin.models.perceiver_io import (
     TextPerceiverConfig,
 )
 from opsin.models.position import FourierPositions
+from opsin.preprocess import PreprocessConfig
 
 # ── the original, in Haiku ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -382,20 +386,28 @@ def noisy(tree: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {module: {name: fill(name, value) for name, value in leaves.items()} for module, leaves in tree.items()}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
-    """Network, the pickle of its parameters, its outputs."""
-    network, given = request.param, inputs(request.param)
+@cache
+def transformed(network: str) -> tuple[Callable[..., Any], Callable[..., Any], dict[str, np.ndarray]]:
+    """The network as two pure functions, `init` and `apply`, the latter compiled; and what it is given."""
+    given = inputs(network)
     # points are counted with NumPy, so they are no part of what JAX traces
     fixed = {name: given.pop(name) for name in ("points", "places") if name in given}
     model = hk.transform_with_state(lambda **x: NETWORKS[network](CONFIGS[network], **x, **fixed))
-    params, state = jax.eval_shape(model.init, jax.random.PRNGKey(0), **given)
+    return model.init, jax.jit(model.apply), given
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """Network, the pickle of its parameters, its outputs."""
+    network = request.param
+    init, apply, given = transformed(network)
+    params, state = jax.eval_shape(init, jax.random.PRNGKey(0), **given)
     params, state = noisy(params), noisy(state)
     path = tmp_path_factory.mktemp(network) / f"{network}.pystate"
     # the three image files hold both, the others the parameters alone; Haiku gave them as immutable mappings
     content = {"params": params, "state": state} if network in ("conv", "fourier", "learned") else params
     path.write_bytes(pickle.dumps(hk.data_structures.to_immutable_dict(content)))
-    outputs, _ = jax.jit(model.apply)(params, state, None, **given)
+    outputs, _ = apply(params, state, None, **given)
     return network, path, outputs
 
 
@@ -403,8 +415,11 @@ def test_same_outputs(original: tuple[str, Path, Any], near: Callable[[Tensor, T
     network, path, outputs = original
     config = CONFIGS[network]
     read = checkpoints.read(path, config=config)
-    model: Any = read.model
-    assert read.source.format == "haiku" and model.config == config and not model.training
+    assert read.source.format == "haiku" and read.model.config == config and not read.model.training
+    compare(near, network, read.model, outputs)
+
+
+def compare(near: Callable[[Tensor, Tensor], None], network: str, model: Any, outputs: Any) -> None:
     given = {name: torch.from_numpy(value) for name, value in inputs(network).items()}
     with torch.inference_mode():
         if network == "multimodal":
@@ -467,3 +482,101 @@ def test_fourier_tables(sides: tuple[int, ...], num_bands: int, resolution: tupl
     frequencies = np.concatenate([np.linspace(1, side / 2, num_bands) for side in resolution])
     angles = np.pi * np.concatenate([np.ones(len(sides)), frequencies, frequencies])
     assert (np.abs(table - expected).max(axis=0) <= 2**-22 * angles).all()
+
+
+# ── written ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ELSEWHERE = {  # what the tensors do not tell and is not as published, as the warning has it
+    "conv": "image_size=(37, 26), max_resolution=(10, 7)",
+    "fourier": "image_size=(7, 5), max_resolution=(9, 4)",
+    "flow": "image_size=(7, 5)",
+    "multimodal": "num_frames=3, image_size=(10, 6), samples_per_frame=20",
+}
+
+
+def shapes(tree: dict[str, dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    leaves = {f"{module}/{name}": leaf for module, part in tree.items() for name, leaf in part.items()}
+    return {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+
+
+def own_model(config: PerceiverConfig) -> Any:
+    """Noise of opsin's own making, not from any file."""
+    torch.manual_seed(3)
+    model = rules.MODELS[type(config)](config).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("num_batches_tracked"):
+                tensor.fill_(5)
+            elif name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            else:
+                fan_in = tensor[0].numel() if name.endswith("weight") and tensor.ndim > 1 else 10
+                tensor.normal_(mean=float("norm" in name and name.endswith("weight")), std=fan_in**-0.5)
+    return model
+
+
+@pytest.mark.parametrize("network", CONFIGS)
+def test_written_file(
+    network: str, near: Callable[[Tensor, Tensor], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Plain pickle.load gives what Haiku would make itself, name for name and shape for shape, and the same outputs."""
+    config, path = CONFIGS[network], tmp_path / f"{network}.pystate"
+    model, preprocess = own_model(config), None
+    if network in ("conv", "fourier", "learned"):
+        preprocess = PreprocessConfig.deepmind_perceiver(config.image_size)
+    assert checkpoints.write_as("pystate", path, model, preprocess, None) == [path]
+    content = pickle.loads(path.read_bytes())
+    assert path.read_bytes()[1] == 4  # the protocol
+    assert (set(content) == {"params", "state"}) == (preprocess is not None)
+    params, state = (content["params"], content["state"]) if preprocess else (content, {})
+    init, apply, given = transformed(network)
+    made = jax.eval_shape(init, jax.random.PRNGKey(0), **given)
+    for ours, theirs in zip((params, state), made, strict=True):
+        assert type(ours) is dict and all(type(leaves) is dict for leaves in ours.values())
+        assert shapes(ours) == shapes(theirs)
+    outputs, _ = apply(params, state, None, **given)
+    compare(near, network, model, outputs)
+
+    back = checkpoints.read(path, config=config)
+    assert back.model.config == config and back.preprocess == preprocess
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back.model.state_dict()[name], tensor), name
+    if network in ELSEWHERE:
+        assert f"does not hold {ELSEWHERE[network]}; without being told" in caplog.text
+    else:
+        assert not caplog.text
+        assert checkpoints.read(path).model.config == config
+
+
+def test_written_averages_go_on(tmp_path: Path) -> None:
+    """Haiku divides what it has summed up by 1 − 0.9ⁿ: what it would give back is the average that was written."""
+    model = own_model(CONFIGS["conv"])
+    checkpoints.write_as("pystate", tmp_path / "x.pystate", model, None, None)
+    state = pickle.loads((tmp_path / "x.pystate").read_bytes())["state"]
+    assert set(state) == {f"{BATCH_NORM}/mean_ema", f"{BATCH_NORM}/var_ema"}
+    for leaves in state.values():
+        assert leaves["counter"] == 5 and leaves["counter"].dtype == np.int32
+        assert np.allclose(leaves["hidden"] / (1 - 0.9**5), leaves["average"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("network", CONFIGS)
+def test_numerics_of_transformers_are_not_written(network: str, tmp_path: Path) -> None:
+    changes = {"decoder_residual": True} if network == "learned" else {}
+    model = own_model(dataclasses.replace(CONFIGS[network], numerics="transformers", **changes))
+    reason = r"as transformers does \(numerics 'transformers'\), and DeepMind's release would not.* exact GELU"
+    with pytest.raises(CheckpointError, match=rf"{reason}.*Formats that can hold this model: opsin"):
+        checkpoints.write_as("pystate", tmp_path / "x.pystate", model, None, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_without_head_is_not_written(tmp_path: Path) -> None:
+    model = own_model(dataclasses.replace(CONFIGS["fourier"], num_classes=0))
+    with pytest.raises(CheckpointError, match="DeepMind's image classifiers cannot have no head.*: opsin."):
+        checkpoints.write_as("pystate", tmp_path / "x.pystate", model, None, None)
+
+
+def test_labels_and_preprocessing_that_are_lost_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, labels = own_model(CONFIGS["learned"]), Labels(tuple("abcdefghijklm"))
+    checkpoints.write_as("pystate", tmp_path / "x.pystate", model, PreprocessConfig(size=(7, 7)), labels)
+    assert "x.pystate names no classes: a reader will call them LABEL_0, …, not a, …" in caplog.text
+    assert "x.pystate says nothing of preprocessing: a reader will take PreprocessConfig(source_crop" in caplog.text

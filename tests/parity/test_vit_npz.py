@@ -6,6 +6,7 @@ shares nothing with opsin: kernels stay (in, heads, d), positions and class toke
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,10 +272,15 @@ def test_written_file_holds_the_same_arrays(form: str, tmp_path: Path) -> None:
     "changes, reason",
     [
         ({"activation": "gelu"}, 'activation "gelu"'),
-        ({"norm_eps": 1e-12}, "norm_eps 1e-12"),
+        ({"norm_eps": 1e-5}, "norm_eps 1e-05"),
         ({"pool": "mean"}, 'pool "mean" with a class token'),
         ({"image_size": (24, 32)}, "always square"),
         ({"num_registers": 4}, "no place for registers"),
+        ({"gated_mlp": True}, "a gated MLP"),
+        ({"qkv_bias": False}, "queries, keys and values without bias"),
+        ({"norm_after_pool": True, "activation": "gelu"}, "a norm after the pooling, nor with activation"),
+        ({"stem": (), "patch_size": 1, "stem_maths": "timm"}, "a stem with timm's constants"),
+        ({"stem": (), "patch_size": 1, "num_classes": 0, "layer_scale": True}, "no place for layers.0.attn_scale"),
     ],
 )
 def test_what_the_release_has_not_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -287,9 +293,30 @@ def test_what_the_release_has_not_is_refused(changes: dict[str, Any], reason: st
         "mlp_dim": 9,
     }
     model = ViT(ViTConfig(**settings | {"activation": "gelu_tanh"} | changes))
-    with pytest.raises(CheckpointError, match=reason):
-        npz.write(tmp_path / "weights.npz", model)
+    if model.head is not None:
+        nn.init.ones_(model.head.weight)
+    with pytest.raises(CheckpointError, match=f"{reason}.*Formats that can hold this model: opsin"):
+        checkpoints.write_as("npz", tmp_path / "weights.npz", model, None, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_head_of_zeros_is_not_written(tmp_path: Path) -> None:
+    """It would be none to whoever reads it."""
+    model = ViT(ViTConfig(image_size=(24, 24), patch_size=8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=9,
+                          activation="gelu_tanh"))  # fmt: skip
+    with pytest.raises(CheckpointError, match="a head of zeros"):
+        checkpoints.write_as("npz", tmp_path / "weights.npz", model, None, None)
+
+
+def test_what_the_file_does_not_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = read(write_npz(tmp_path / "read.npz", release("vision_transformer")))
+    own = ViT(replace(model.config, pos_resize="bicubic"))
+    own.load_state_dict(model.state_dict())
+    preprocess, labels = PreprocessConfig(size=(15, 15)), Labels(tuple("abcdefg"))
+    checkpoints.write_as("npz", tmp_path / "written.npz", own, preprocess, labels)
+    assert "written.npz names no classes: a reader will call them LABEL_0, …, not a, …" in caplog.text
+    assert "written.npz says nothing of preprocessing: a reader will take PreprocessConfig(" in caplog.text
+    assert "written.npz will resize positions by bilinear_corners, not bicubic as here" in caplog.text
 
 
 STAGES = (1, 2)

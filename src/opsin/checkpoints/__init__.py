@@ -6,7 +6,9 @@
     npz.py     the JAX releases: vision_transformer, big_vision
     haiku.py   DeepMind's Perceiver IO
 
-    name ── read ──> Checkpoint ── write, write_hf, write_portable ──> folder
+    name ── read ──> Checkpoint ──┬── write ──> folder in opsin's own form
+                                  ├── write_as ──> any of these: portable.py
+                                  └── write_portable ──> transformers' form, or else opsin's
 
 Only this package knows foreign names. `files.py` and `pickles.py` get tensors out of files without executing
 anything in them, `rules.py` turns a table of names into a reader and a writer.
@@ -16,19 +18,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opsin.checkpoints.hf import write as write_hf
     from opsin.checkpoints.native import write
     from opsin.checkpoints.portable import write as write_portable
+    from opsin.checkpoints.portable import write_as, write_hf
     from opsin.checkpoints.reader import Checkpoint, Source, read
 
-__all__ = ["Checkpoint", "Source", "read", "write", "write_hf", "write_portable"]
+__all__ = ["Checkpoint", "Source", "read", "write", "write_as", "write_hf", "write_portable"]
 
 _HOME = {
     "Checkpoint": ("reader", "Checkpoint"),
     "Source": ("reader", "Source"),
     "read": ("reader", "read"),
     "write": ("native", "write"),
-    "write_hf": ("hf", "write"),
+    "write_as": ("portable", "write_as"),
+    "write_hf": ("portable", "write_hf"),
     "write_portable": ("portable", "write"),
 }
 

@@ -1,19 +1,22 @@
-"""DeepMind's own Perceiver IO files, `.pystate` and `.pickle`: Haiku's names, read by `pickles.py`.
+"""DeepMind's own Perceiver IO files, `.pystate` and `.pickle`: Haiku's names, read by `pickles.py`; and written.
 
 Head and block counts are not in such a file, and neither is anything of the Fourier positions but their number: what
 DeepMind published for the network that the names show is taken, unless a config is given.
 """
 
 import dataclasses
+import logging
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from opsin.checkpoints import files
-from opsin.checkpoints.npz import CONV, default_labels
-from opsin.checkpoints.rules import TRANSPOSE, Rule, State, Transform, load
+from opsin.checkpoints import files, hf_perceiver
+from opsin.checkpoints.npz import CONV, default_labels, warn_of_losses
+from opsin.checkpoints.rules import TRANSPOSE, Rule, State, Transform, invert, load
 from opsin.errors import CheckpointError
 from opsin.labels import Labels
 from opsin.models.perceiver_io import (
@@ -24,6 +27,8 @@ from opsin.models.perceiver_io import (
     TextPerceiverConfig,
 )
 from opsin.preprocess import PreprocessConfig
+
+log = logging.getLogger(__name__)
 
 FORMAT = "haiku"
 
@@ -205,6 +210,15 @@ def infer_config(state: State, path: Path) -> PerceiverConfig:
     Raises:
         CheckpointError: none of the six networks, or one with other parts.
     """
+    network, told = _told(state, path)
+    try:
+        return dataclasses.replace(PUBLISHED[network], **told)
+    except ValueError as error:
+        raise CheckpointError(f"{path} looks like the {network} network, and is not: {error}") from error
+
+
+def _told(state: State, path: Path) -> tuple[str, dict[str, Any]]:
+    """Which network, and the fields of its config that tensors show."""
     network = next((network for network, name in SIGNATURES.items() if name in state), None)
     if network is None:
         raise CheckpointError(
@@ -212,9 +226,8 @@ def infer_config(state: State, path: Path) -> PerceiverConfig:
             f"{', '.join(SIGNATURES.values())}. It has {', '.join(sorted(state)[:5])}, …"
         )
     try:
-        published = PUBLISHED[network]
-        encoder, input_dim = _encoder_fields(state, MODULES[type(published)][0])
-        return dataclasses.replace(published, **encoder, **_fields(state, network, input_dim))
+        encoder, input_dim = _encoder_fields(state, MODULES[type(PUBLISHED[network])][0])
+        return network, encoder | _fields(state, network, input_dim)
     except KeyError as error:
         raise CheckpointError(f"{path} looks like the {network} network, and lacks {error}.") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:  # too few axes, or empty ones
@@ -293,3 +306,74 @@ def _bands(width: int, num_axes: int) -> int:
     if rest or bands < 1:
         raise ValueError(f"{width} is no width of Fourier positions on {num_axes} axes, {num_axes}·(1 + 2·K).")
     return bands
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+BATCH_NORM_DECAY = 0.9  # of the running averages
+
+
+def contents(model: nn.Module) -> State:
+    """The tensors that `write` writes, under "module/parameter", without those that only training needs.
+
+    Raises:
+        CheckpointError: none of DeepMind's six networks, or one of other arithmetic.
+    """
+    config: Any = model.config
+    if type(config) not in MODULES:
+        raise CheckpointError(f"DeepMind's Perceiver IO has no {type(model).__name__}.")
+    if config.numerics != "deepmind":
+        raise CheckpointError(
+            f"this model computes as transformers does (numerics {config.numerics!r}), and DeepMind's release would "
+            f"not. Of transformers: {hf_perceiver.differences(config)}. The outputs would be others, without any sign."
+        )
+    if isinstance(config, ImagePerceiverConfig) and not config.num_classes:
+        raise CheckpointError("DeepMind's image classifiers cannot have no head.")
+    return invert(model.state_dict(), rules(config), config)
+
+
+def write(
+    path: Path, model: nn.Module, preprocess: PreprocessConfig | None = None, labels: Labels | None = None
+) -> list[Path]:
+    """Write a pickle of plain dicts and NumPy arrays that DeepMind's code takes as `params` and `state`.
+
+    As in the published files it is {params, state} for an image classifier, for the others `params` alone. What a
+    model is beyond its tensors is not in it: where `read` would take otherwise, a warning names it.
+    Raises:
+        CheckpointError: none of DeepMind's six networks, or one of other arithmetic.
+    """
+    flat = contents(model)
+    config: Any = model.config
+    parts: dict[str, dict[str, dict[str, np.ndarray]]] = {"params": {}, "state": {}}
+    for name, tensor in flat.items():
+        module, _, parameter = name.rpartition("/")
+        values = (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+        parts["state" if module.endswith("_ema") else "params"].setdefault(module, {})[parameter] = values
+    for module, leaves in parts["state"].items():  # Haiku asks for them, and uses them to go on training
+        leaves.setdefault("counter", parts["state"][module.replace("var_ema", "mean_ema")]["counter"])
+        started = 1 - BATCH_NORM_DECAY ** int(leaves["counter"])
+        leaves["hidden"] = leaves["average"] * np.float32(started)
+    tree = parts if isinstance(config, ImagePerceiverConfig) else parts["params"]
+    with files.replacing(path) as part, part.open("wb") as file:
+        pickle.dump(tree, file, protocol=4)
+    _warn_of_what_is_not_told(path, flat, config)
+    if isinstance(config, ImagePerceiverConfig):
+        taken = PreprocessConfig.deepmind_perceiver(config.image_size)
+        warn_of_losses(path, config.num_classes, labels, preprocess, taken)
+    return [path]
+
+
+def _warn_of_what_is_not_told(path: Path, flat: State, config: PerceiverConfig) -> None:
+    network, told = _told(flat, path)
+    published = PUBLISHED[network]
+    untold = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in told and getattr(config, field.name) != getattr(published, field.name)
+    }
+    if untold:
+        values = ", ".join(f"{name}={value!r}" for name, value in untold.items())
+        log.warning(
+            "%s does not hold %s; without being told, a reader takes what DeepMind published. Read it with "
+            "opsin.checkpoints.read(path, config=%s(…)).", path, values, type(config).__name__,
+        )  # fmt: skip

@@ -15,15 +15,17 @@ import torch
 from torch import nn
 
 from opsin.checkpoints import files, hf_perceiver, native, processors
-from opsin.checkpoints.rules import Rule, State, invert, load, weight_and_bias, within
+from opsin.checkpoints.rules import Rule, State, invert, load, weight_and_bias, within, write_folder
 from opsin.errors import CheckpointError
 from opsin.labels import Labels
+from opsin.models.perceiver_io import PerceiverConfig
 from opsin.models.vit import ViT, ViTConfig
 from opsin.preprocess import PreprocessConfig
 
 log = logging.getLogger(__name__)
 
 FORMAT = "transformers"
+PROCESSOR = "preprocessor_config.json"
 MULTI_LABEL = "multi_label_classification"  # config.json's `problem_type` where an image may have several classes
 
 EMBEDDINGS = [
@@ -147,7 +149,7 @@ def read(
 
 
 def _read_preprocess(folder: Path, model_type: str, image_size: tuple[int, int]) -> PreprocessConfig:
-    path = folder / "preprocessor_config.json"
+    path = folder / PROCESSOR
     if path.is_file():
         processor = files.read_json(path)
     else:
@@ -263,15 +265,19 @@ def default_processor(model_type: str, image_size: tuple[int, int]) -> dict[str,
     return kind | {"size": size, "resample": 3} | crop | common | imagenet
 
 
-def write(folder: Path, model: nn.Module, preprocess: PreprocessConfig | None, labels: Labels | None) -> None:
-    """Write a folder that `transformers` loads, with equal outputs at the model's image size.
+def contents(model: nn.Module, preprocess: PreprocessConfig | None, labels: Labels | None) -> dict[str, Any]:
+    """The files that `write` writes: name → tensors, or JSON.
 
-    At other sizes transformers resizes positions by the rule of its model class; a warning says when that differs.
     Raises:
         CheckpointError: transformers has no such model; the message says what stands in the way.
     """
     config: Any = model.config
-    state, config_json = _write_vit(config, model) if isinstance(model, ViT) else hf_perceiver.write(model)
+    if isinstance(model, ViT):
+        state, config_json = _write_vit(config, model)
+    elif isinstance(config, PerceiverConfig):
+        state, config_json = hf_perceiver.write(model)
+    else:
+        raise CheckpointError(f"transformers has no {type(model).__name__}.")
     try:
         processor = None if preprocess is None else processors.write_hf(preprocess)
     except ValueError as error:
@@ -283,13 +289,30 @@ def write(folder: Path, model: nn.Module, preprocess: PreprocessConfig | None, l
         config_json["label2id"] = {name: i for i, name in enumerate(names)}
         if labels and labels.multi_label:
             config_json["problem_type"] = MULTI_LABEL
-    folder = Path(folder)
     tensors = {name: tensor.cpu() for name, tensor in state.items()}
     floats = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
-    files.write_tensors(folder / "model.safetensors", tensors | floats)
-    files.write_json(folder / "config.json", config_json)
-    if processor is not None:
-        files.write_json(folder / "preprocessor_config.json", processor)
+    found = {"model.safetensors": tensors | floats, "config.json": config_json}
+    return found if processor is None else found | {PROCESSOR: processor}
+
+
+def write(folder: Path, model: nn.Module, preprocess: PreprocessConfig | None, labels: Labels | None) -> list[Path]:
+    """Write a folder that `transformers` loads, with equal outputs at the model's image size.
+
+    At other sizes transformers resizes positions by the rule of its model class; a warning says when that differs.
+    Raises:
+        CheckpointError: transformers has no such model; the message says what stands in the way.
+    """
+    folder, found = Path(folder), contents(model, preprocess, labels)
+    if isinstance(model, ViT):
+        resize = "bicubic_antialias" if found["config.json"]["model_type"] == "dinov2_with_registers" else "bicubic"
+        if model.config.pos_resize != resize:
+            log.warning(
+                "At sizes other than %s, transformers will resize positions by %s, not %s as this model does.",
+                model.config.image_size, resize, model.config.pos_resize,
+            )  # fmt: skip
+    if PROCESSOR not in found:
+        (folder / PROCESSOR).unlink(missing_ok=True)  # of an older model in the same folder
+    return write_folder(folder, found)
 
 
 def _write_vit(config: ViTConfig, model: ViT) -> tuple[State, dict[str, Any]]:
@@ -300,12 +323,6 @@ def _write_vit(config: ViTConfig, model: ViT) -> tuple[State, dict[str, Any]]:
         state["embeddings.mask_token"] = torch.zeros(1, config.embed_dim)
     if config.num_classes:
         state = {name if "classifier." in name else f"{model_type}.{name}": tensor for name, tensor in state.items()}
-    resize = "bicubic_antialias" if model_type == "dinov2_with_registers" else "bicubic"
-    if config.pos_resize != resize:
-        log.warning(
-            "At sizes other than %s, transformers will resize positions by %s, not %s as this model does.",
-            config.image_size, resize, config.pos_resize,
-        )  # fmt: skip
     return state, _write_config(config, model_type, architecture)
 
 
@@ -324,9 +341,7 @@ def _model_class(config: ViTConfig) -> tuple[str, str]:
     ]
     reasons = [reason for present, reason in obstacles if present]
     if reasons:
-        raise CheckpointError(
-            f"transformers has no model with {'; nor with '.join(reasons)}. Write opsin's own form instead."
-        )
+        raise CheckpointError(f"transformers has no model with {'; nor with '.join(reasons)}.")
     if dino and config.num_registers:
         return "dinov2_with_registers", f"Dinov2WithRegisters{head}"
     if dino:

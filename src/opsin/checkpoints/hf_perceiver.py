@@ -283,8 +283,7 @@ def write(model: nn.Module) -> tuple[State, dict[str, Any]]:
     if config.numerics != "transformers":
         raise CheckpointError(
             f"this model computes as DeepMind's release does (numerics {config.numerics!r}), and transformers would "
-            f"not: {_differences(config)}. Its outputs would be others, without any sign of it. Write opsin's own "
-            "form instead."
+            f"not: {differences(config)}. Its outputs would be others, without any sign of it."
         )
     reasons = _obstacles(config, architecture)
     if reasons:
@@ -333,16 +332,16 @@ def _own_fields(config: Any, architecture: str) -> dict[str, Any]:
     return {}
 
 
-def _differences(config: Any) -> str:
+def differences(config: Any) -> str:
     """What transformers computes otherwise than DeepMind's release of this model."""
-    differences = ["it has the exact GELU, not the one by tanh"]
+    found = ["it has the exact GELU, not the one by tanh"]
     if isinstance(config, ImagePerceiverConfig) and config.front_end == "conv":
-        differences.append("pads the convolution by 3 on every side and the pooling not at all, for fewer tokens")
+        found.append("pads the convolution by 3 on every side and the pooling not at all, for fewer tokens")
     if isinstance(config, ImagePerceiverConfig) and not config.decoder_residual:
-        differences.append("adds the decoder's query to what it read")
+        found.append("adds the decoder's query to what it read")
     if isinstance(config, TextPerceiverConfig):
-        differences.append("lets the queries of padded places read")
-    return ", and ".join(differences)
+        found.append("lets the queries of padded places read")
+    return ", and ".join(found)
 
 
 def _obstacles(config: Any, architecture: str) -> list[str]:

@@ -220,13 +220,14 @@ def infer_config(state: State, names: Block, path: Path) -> ViTConfig:
     )
 
 
-def write(path: Path, model: nn.Module) -> None:
-    """Write the names of vision_transformer, or those of big_vision for a model with attention pooling.
+def contents(model: nn.Module) -> dict[str, np.ndarray]:
+    """The arrays that `write` writes: the names of vision_transformer, or of big_vision with attention pooling.
 
     Raises:
         CheckpointError: the model has something that the format, which holds no settings, cannot tell a reader.
     """
-    assert isinstance(model, ViT)
+    if not isinstance(model, ViT):
+        raise CheckpointError(f"the JAX release has no {type(model).__name__}.")
     config = model.config
     pools = ("token",) if config.class_token else ("mean", "map")
     obstacles = [
@@ -234,15 +235,51 @@ def write(path: Path, model: nn.Module) -> None:
         (config.norm_after_pool, "a norm after the pooling"),
         (config.stem is not None and config.stem_maths != "jax", "a stem with timm's constants"),
         (config.activation != "gelu_tanh", f'activation "{config.activation}" (it is always gelu_tanh)'),
-        (config.norm_eps != 1e-6, f"norm_eps {config.norm_eps} (it is always 1e-06)"),
+        (config.gated_mlp, "a gated MLP"),
+        (not config.qkv_bias, "queries, keys and values without bias"),
+        (config.norm_eps > 1e-6, f"norm_eps {config.norm_eps} (it is always 1e-06)"),
         (config.grid[0] != config.grid[1], f"a grid of {config.grid} patches (it is always square)"),
+        (model.head is not None and not model.head.weight.any(), "a head of zeros (to a reader it is no head)"),
     ]
     reasons = [reason for present, reason in obstacles if present]
     if reasons:
-        raise CheckpointError(
-            f"the JAX release has no model with {', nor with '.join(reasons)}. Write opsin's own form."
-        )
+        raise CheckpointError(f"the JAX release has no model with {', nor with '.join(reasons)}.")
     foreign = invert(model.state_dict(), rules(NEW if config.pool == "map" else OLD, config.stem), config)
-    arrays = {name: tensor.float().cpu().numpy() for name, tensor in foreign.items()}
+    return {name: tensor.float().cpu().numpy() for name, tensor in foreign.items()}
+
+
+def write(
+    path: Path, model: nn.Module, preprocess: PreprocessConfig | None = None, labels: Labels | None = None
+) -> list[Path]:
+    """Write a file that the JAX releases load, with equal outputs.
+
+    It holds tensors and nothing else; where what `read` takes for the rest is not this model's, a warning says so.
+    Raises:
+        CheckpointError: the model has something that the format, which holds no settings, cannot tell a reader.
+    """
+    arrays = contents(model)
     with files.replacing(path) as part, part.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+    assert isinstance(model, ViT)
+    warn_of_losses(
+        path, model.config.num_classes, labels, preprocess, PreprocessConfig.jax_squash(model.config.image_size)
+    )
+    if model.config.pos_resize != "bilinear_corners":
+        log.warning(
+            "At sizes other than %s, a reader of %s will resize positions by bilinear_corners, not %s as here.",
+            model.config.image_size, path, model.config.pos_resize,
+        )  # fmt: skip
+    return [path]
+
+
+def warn_of_losses(
+    path: Path, num_classes: int, labels: Labels | None, preprocess: PreprocessConfig | None, taken: PreprocessConfig
+) -> None:
+    """Say which labels and preprocessing a file of tensors alone will be read with, where they are not the model's."""
+    assumed = default_labels(num_classes)
+    if labels is not None and assumed is not None and labels != assumed:
+        log.warning(
+            "%s names no classes: a reader will call them %s, …, not %s, …", path, assumed.names[0], labels.names[0]
+        )
+    if preprocess is not None and preprocess != taken:
+        log.warning("%s says nothing of preprocessing: a reader will take %s, not %s", path, taken, preprocess)

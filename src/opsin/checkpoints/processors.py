@@ -156,6 +156,54 @@ def read_timm(pretrained_cfg: dict[str, Any]) -> PreprocessConfig:
     )
 
 
+def write_timm(config: PreprocessConfig) -> tuple[dict[str, Any], list[str]]:
+    """The `pretrained_cfg` with which timm's evaluation transform makes the same pixels, and in what they differ.
+
+    Raises:
+        ValueError: timm has nothing near.
+    """
+    if config.source_crop is not None or config.size is None:
+        raise ValueError(
+            f"timm resizes an image and then crops it; this model's preprocessing has source_crop {config.source_crop} "
+            f"and size {config.size}."
+        )
+    height, width = config.image_size
+    if isinstance(config.size, int) and height != width:
+        raise ValueError(f"timm keeps the shape of an image only for a square crop, not for {height} × {width}.")
+    sides = (config.size,) * 2 if isinstance(config.size, int) else config.size
+    scale = 1 / (255 * (1 if config.rescale_factor is None else config.rescale_factor))
+    mean, std = config.mean or (0.0,) * 3, config.std or (1.0,) * 3
+    written = {
+        "input_size": [3, height, width],
+        "interpolation": config.resample,
+        "crop_pct": _crop_pct(sides, (height, width)),
+        "crop_mode": "center" if isinstance(config.size, int) else "squash",
+        "mean": [value * scale for value in mean],
+        "std": [value * scale for value in std],
+    }
+    differences = []
+    if not config.antialias:
+        differences.append("it resizes with antialiasing")
+    if config.crop_size is not None and config.crop_rounding != "half_even":
+        margins = [side - crop for side, crop in zip(sides, (height, width), strict=True)]
+        rounded = {"down": math.floor, "up": math.ceil}[config.crop_rounding]
+        if isinstance(config.size, int) or any(rounded(margin / 2) != round(margin / 2) for margin in margins):
+            differences.append(
+                f"it rounds an odd crop margin to even, not {config.crop_rounding}: a shift of one pixel"
+            )
+    return written, differences
+
+
+def _crop_pct(sides: tuple[int, int], crop: tuple[int, int]) -> float:
+    """timm's resize is to crop / crop_pct, rounded down: the shortest number that gives `sides`."""
+    exact = crop[0] / sides[0]
+    for digits in range(1, 18):
+        for crop_pct in (round(exact, digits), math.floor(exact * 10**digits) / 10**digits):
+            if crop_pct and all(math.floor(c / crop_pct) == side for c, side in zip(crop, sides, strict=True)):
+                return crop_pct
+    raise ValueError(f"timm has one crop_pct for both sides; this model crops {crop} out of {sides}.")
+
+
 def _size(value: Any, name: str, *, square: bool) -> tuple[int, int] | int:
     """(H, W), or an int for the shorter edge; `square` says what a bare int in the file means."""
     if isinstance(value, int) and not isinstance(value, bool):

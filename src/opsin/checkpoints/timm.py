@@ -1,4 +1,4 @@
-"""timm's names: its hub folders and files, and the original DeiT, DeiT III, DINO, DINOv2 and MAE files.
+"""timm's names: its hub folders, in and out, and files; the original DeiT, DeiT III, DINO, DINOv2 and MAE files.
 
 A bare file carries no settings. Its shape is that of its tensors, which leave open: the number of heads (`num_heads`),
 the pooling of a file with both a class token and a plain final norm (the class token), and the preprocessing (a log
@@ -8,6 +8,7 @@ line says what was taken).
 import logging
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from opsin.checkpoints import files, processors
 from opsin.checkpoints.native import model_config_of
 from opsin.checkpoints.npz import default_labels
-from opsin.checkpoints.rules import Rule, State, Transform, load, weight_and_bias, within
+from opsin.checkpoints.rules import Rule, State, Transform, invert, load, weight_and_bias, within, write_folder
 from opsin.errors import CheckpointError
 from opsin.labels import Labels
 from opsin.models.resnet import stem_stride
@@ -27,6 +28,7 @@ from opsin.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessConfig
 log = logging.getLogger(__name__)
 
 FORMAT = "timm"
+PREPROCESS = "opsin_preprocess"  # in config.json, where timm's words do not say all of it
 REGISTERS = ("reg_token", "register_tokens")  # timm, DINOv2
 
 
@@ -108,6 +110,7 @@ POOLS = {"token": "token", "avg": "mean", "map": "map"}
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
 
+WNID = re.compile(r"n\d{8}")
 HEADS = {"vit_base_patch16_gap_224": 16}  # the one architecture whose heads neither width nor `model_args` tells
 
 
@@ -158,20 +161,25 @@ def read(folder: Path, config: dict[str, Any], weights: Path) -> tuple[ViT, Prep
     model = _load(
         state,
         folder,
-        grid_of=tuple(pretrained.get("input_size") or ())[1:],
+        grid_of=_sides(args.get("img_size")) or tuple(pretrained.get("input_size") or ())[1:],
         heads=args.get("num_heads") or HEADS.get(architecture),
         pool=POOLS[pool] if pool else None,
         activation=ACTIVATIONS[activation],
     )
     try:
-        preprocess = (
-            processors.read_timm(pretrained)
-            if pretrained
-            else _default_preprocess(architecture, state, model.config, folder)
-        )
+        if PREPROCESS in config:
+            preprocess = PreprocessConfig.from_spec(config[PREPROCESS])
+        elif pretrained:
+            preprocess = processors.read_timm(pretrained)
+        else:
+            preprocess = _default_preprocess(architecture, state, model.config, folder)
     except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f'{path}: "pretrained_cfg" {error}') from error
+        raise CheckpointError(f'{path}: "pretrained_cfg" or "{PREPROCESS}" {error}') from error
     return model, preprocess, _read_labels(config, model.config.num_classes)
+
+
+def _sides(img_size: Any) -> tuple[int, ...]:
+    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size or ())
 
 
 def read_file(path: Path) -> tuple[ViT, PreprocessConfig, Labels | None]:
@@ -318,4 +326,231 @@ def _read_labels(config: dict[str, Any], num_classes: int) -> Labels | None:
     if not isinstance(names, list) or len(names) != num_classes:
         raise CheckpointError(f'"label_names" of config.json should be a list of {num_classes} names.')
     descriptions = config.get("label_descriptions") or {}
-    return Labels.from_names([str(descriptions.get(name, name)) for name in names])
+    labels = Labels.from_names([str(descriptions.get(name, name)) for name in names])
+    if labels.wnids is None and all(WNID.fullmatch(str(name)) for name in names):
+        labels = replace(labels, wnids=tuple(names))
+    return labels
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SIZES = {  # channels, layers, heads; the MLP is four times as wide
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+    "giant": (1536, 40, 24),  # DINOv2's
+}
+
+
+def _shape(size: str, patch_size: int, image_size: int = 224, **settings: Any) -> ViTConfig:
+    embed_dim, num_layers, num_heads = SIZES[size]
+    settings = {"mlp_dim": 4 * embed_dim} | settings
+    return ViTConfig(
+        image_size=(image_size, image_size),
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        stem_maths="timm",
+        **settings,
+    )
+
+
+PLAIN: dict[tuple[str, int], tuple[int, ...]] = {  # size, side of the image → patches
+    ("tiny", 224): (16,),
+    ("small", 224): (32, 16, 8),
+    ("base", 224): (32, 16, 8),
+    ("large", 224): (32, 16, 14),
+    ("huge", 224): (14,),
+    ("tiny", 384): (16,),
+    ("small", 384): (32, 16),
+    ("base", 384): (32, 16),
+    ("large", 384): (32, 16),
+}
+HYBRIDS: dict[str, tuple[str, int, tuple[int, ...]]] = {
+    "vit_tiny_r_s16_p8": ("tiny", 8, ()),
+    "vit_small_r26_s32": ("small", 1, (2, 2, 2, 2)),
+    "vit_base_r50_s16": ("base", 1, (3, 4, 9)),
+    "vit_large_r50_s32": ("large", 1, (3, 4, 6, 3)),
+}
+SWIGLU: dict[str, Any] = {"gated_mlp": True, "mlp_dim": 4096}
+DINOV2: dict[str, dict[str, Any]] = {"small": {}, "base": {}, "large": {}, "giant": SWIGLU}
+
+ARCHITECTURES: dict[str, ViTConfig] = {  # what timm builds under a name when nothing else is said
+    **{
+        f"vit_{size}_patch{patch}_{side}": _shape(size, patch, side)
+        for (size, side), patches in PLAIN.items()
+        for patch in patches
+    },
+    **{
+        f"deit_{size}_distilled_patch16_{side}": _shape(size, 16, side, distillation_token=True)
+        for size, side in (("tiny", 224), ("small", 224), ("base", 224), ("base", 384))
+    },
+    **{
+        f"deit3_{size}_patch{patch}_{side}": _shape(size, patch, side, layer_scale=True)
+        for size, patch, sides in (("small", 16, (224, 384)), ("base", 16, (224, 384)), ("large", 16, (224, 384)),
+                                   ("huge", 14, (224,)))
+        for side in sides
+    },
+    **{
+        f"vit_{size}_patch14_{registers}dinov2": _shape(size, 14, 518, layer_scale=True, num_registers=count, **mlp)
+        for size, mlp in DINOV2.items()
+        for registers, count in (("", 0), ("reg4_", 4))
+    },
+    **{
+        f"{name}_{side}": _shape(size, patch, side, stem=stem)
+        for name, (size, patch, stem) in HYBRIDS.items()
+        for side in (224, 384)
+    },
+}  # fmt: skip
+BEFORE_CLASS_TOKEN = ("deit3_", "reg4_dinov2")  # in their names: positions are of patches alone (`no_embed_class`)
+
+SAME_ARGUMENT = {
+    "patch_size": "patch_size", "num_channels": "in_chans", "embed_dim": "embed_dim", "num_layers": "depth",
+    "num_heads": "num_heads", "qkv_bias": "qkv_bias", "class_token": "class_token", "num_registers": "reg_tokens",
+}  # fmt: skip
+
+
+def contents(model: nn.Module, preprocess: PreprocessConfig | None, labels: Labels | None) -> dict[str, Any]:
+    """The files that `write` writes: name → tensors, or JSON.
+
+    Raises:
+        CheckpointError: timm has no such model, or none of such images; the message says what stands in the way.
+    """
+    if not isinstance(model, ViT):
+        raise CheckpointError(f"timm has no {type(model).__name__}.")
+    config = model.config
+    architecture, args = _architecture(config)
+    pretrained: dict[str, Any] = {"input_size": [3, *config.image_size]}
+    if preprocess is not None:
+        try:
+            pretrained, _ = processors.write_timm(preprocess)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        if preprocess.image_size != config.image_size:  # as DINOv2: positions for 518 pixels, images of 224
+            args |= {"img_size": list(config.image_size), "dynamic_img_size": True}
+    foreign = invert(model.state_dict(), rules(config), config)
+    state = {name: tensor.cpu().float() for name, tensor in foreign.items()}
+    state["pos_embed"], whole = _positions(state["pos_embed"], architecture, config)
+    if whole:
+        args["no_embed_class"] = False
+    data: dict[str, Any] = {
+        "architecture": architecture,
+        "num_classes": config.num_classes,
+        "num_features": config.embed_dim,
+        "global_pool": args.get("global_pool", "token"),
+        "model_args": args,
+        "pretrained_cfg": pretrained
+        | {"fixed_input_size": "dynamic_img_size" not in args, "num_classes": config.num_classes, "custom_load": False},
+    }
+    if config.num_classes and labels is not None:
+        data |= _write_labels(labels)
+    if preprocess is not None and processors.read_timm(pretrained) != preprocess:
+        data[PREPROCESS] = preprocess.spec()
+    return {"model.safetensors": state, "config.json": data}
+
+
+def write(folder: Path, model: nn.Module, preprocess: PreprocessConfig | None, labels: Labels | None) -> list[Path]:
+    """Write a folder that `timm.create_model("local-dir:…", pretrained=True)` loads, with equal outputs.
+
+    So does the architecture that config.json names, with the arguments of its `model_args` (often none):
+    `timm.create_model(architecture, checkpoint_path=…/model.safetensors, num_classes=…, **model_args)`.
+    Where timm's preprocessing is near to this model's and not the same, a warning says in what; opsin reads its own.
+    Raises:
+        CheckpointError: timm has no such model, or none of such images; the message says what stands in the way.
+    """
+    found = contents(model, preprocess, labels)
+    assert isinstance(model, ViT)
+    _, differences = ({}, []) if preprocess is None else processors.write_timm(preprocess)
+    if differences:
+        log.warning("The pixels that timm makes are near to this model's and not the same: %s.", "; ".join(differences))
+    if labels is not None and labels.multi_label:
+        log.warning("timm's files cannot say that an image may have several classes: use a sigmoid, not a softmax.")
+    if model.config.pos_resize != "bicubic_antialias":
+        log.warning(
+            "At sizes other than %s, timm will resize positions by bicubic_antialias, not %s as this model does.",
+            model.config.image_size, model.config.pos_resize,
+        )  # fmt: skip
+    return write_folder(Path(folder), found)
+
+
+def _architecture(config: ViTConfig) -> tuple[str, dict[str, Any]]:
+    """timm's name of the nearest shape, and what `timm.create_model` must be told beside it."""
+    distilled = config.distillation_token
+    heads = config.distillation_head and config.num_classes
+    obstacles = [
+        (config.pool not in POOLS.values(), f'pooling "{config.pool}" (it has {", ".join(POOLS.values())})'),
+        (config.pre_logits, "a pre-logits layer"),
+        (config.norm_eps > 1e-6, f"norm_eps {config.norm_eps} (it is always 1e-06)"),
+        (distilled and not heads, "a distillation token without a head"),
+        (distilled and config.pool != "token", f'a distillation token and pooling "{config.pool}"'),
+        (distilled and config.norm_after_pool, "a distillation token and a norm after the pooling"),
+        (distilled and config.num_registers, "a distillation token and registers"),
+        (config.gated_mlp and config.pool == "map", "a gated MLP and attention pooling"),
+        (config.stem is not None and config.stem_maths != "timm", "a stem with the JAX release's constants"),
+    ]
+    reasons = [reason for present, reason in obstacles if present]
+    if reasons:
+        raise CheckpointError(f"timm has no model with {', nor with '.join(reasons)}.")
+    found = {name: _model_args(config, shape) for name, shape in ARCHITECTURES.items()}
+    possible = {name: args for name, args in found.items() if args is not None}
+    if not possible:
+        parts = [f"a stem of {config.stem} units"] if config.stem is not None else []
+        parts += [
+            part for part, there in (("a distillation token", distilled), ("a gated MLP", config.gated_mlp)) if there
+        ]
+        raise CheckpointError(f"timm has no model with {' and '.join(parts)}.")
+    return min(possible.items(), key=lambda item: len(item[1]))
+
+
+def _model_args(config: ViTConfig, shape: ViTConfig) -> dict[str, Any] | None:
+    """What makes an architecture of `shape` one of `config`; None: no argument does."""
+    fixed = ("stem", "gated_mlp", "distillation_token")
+    if any(getattr(config, name) != getattr(shape, name) for name in fixed) or shape.layer_scale > config.layer_scale:
+        return None
+    args = {
+        theirs: getattr(config, ours)
+        for ours, theirs in SAME_ARGUMENT.items()
+        if getattr(config, ours) != getattr(shape, ours)
+    }
+    if "embed_dim" in args or "depth" in args:
+        args["num_heads"] = config.num_heads  # a reader takes those of the published widths
+    if config.image_size != shape.image_size:
+        args["img_size"] = list(config.image_size)
+    if config.mlp_dim * shape.embed_dim != shape.mlp_dim * config.embed_dim:
+        hidden = config.mlp_dim * (2 if config.gated_mlp else 1)
+        ratio = hidden / config.embed_dim
+        args["mlp_ratio"] = ratio if int(config.embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+    if config.layer_scale > shape.layer_scale:
+        args["init_values"] = 1e-5
+    if config.activation != "gelu" and not config.gated_mlp:
+        args["act_layer"] = config.activation
+    if config.pool != "token":
+        args["global_pool"] = next(theirs for theirs, ours in POOLS.items() if ours == config.pool)
+    if config.norm_after_pool != (config.pool == "mean"):
+        args["fc_norm"] = config.norm_after_pool
+    return args
+
+
+def _positions(table: Tensor, architecture: str, config: ViTConfig) -> tuple[Tensor, bool]:
+    """The table as the architecture has it: of patches alone, or with the rows of all tokens, of registers too.
+
+    Returns:
+        The table, and whether it is whole where the architecture's own has patches alone.
+    """
+    if config.distillation_token or not (config.class_token or config.num_registers):
+        return table, False
+    front, patches = table[:, : config.num_positioned], table[:, config.num_positioned :]
+    of_patches = any(part in architecture for part in BEFORE_CLASS_TOKEN)
+    if of_patches and not front.any():
+        return patches.contiguous(), False
+    return torch.cat([front, torch.zeros(1, config.num_registers, config.embed_dim), patches], dim=1), of_patches
+
+
+def _write_labels(labels: Labels) -> dict[str, Any]:
+    wnids = labels.wnids or ()
+    if len(set(wnids) - {""}) < len(labels):  # a name of its own for each, as `label_descriptions` needs
+        return {"label_names": list(labels.names)}
+    return {"label_names": list(wnids), "label_descriptions": dict(zip(wnids, labels.names, strict=True))}
