@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from hub_server import HubServer
 from mutations import broken_files
@@ -68,6 +70,111 @@ def test_the_embedded_model_knows_an_espresso(photos: Path) -> None:
     assert row["label"] == "espresso"
     (row,) = records(opsin("classify", photos / "coffee.png", "--lang", "zh"))
     assert row["label"] == Labels.tiny_imagenet().name(row["index"], "zh") != "espresso"
+
+
+def test_none_of_these_classes(photos: Path, tmp_path: Path, on_a_terminal: Callable[..., str]) -> None:
+    """The embedded model knows an espresso, and that a rocket is none of its classes."""
+    result = opsin("classify", photos / "coffee.png", photos / "rocket.jpg", "--unknown", "20%", "--dtype", "fp32")
+    coffee, rocket = records(result)
+    assert coffee["label"] == "espresso" and coffee["known"] is True and coffee["known_score"] > 0.9
+    assert rocket["known"] is False and rocket["topk"][0]["label"] == rocket["label"]
+    said = (
+        "--unknown 20%: of 239 images of other things 19.7% were taken for one of the classes, of 2,500 images of the"
+    )
+    assert said in result.stderr
+    opsin("classify", photos / "rocket.jpg", "--unknown", "1%", "--out", tmp_path / "r.csv")
+    (row,) = csv.DictReader((tmp_path / "r.csv").read_text().splitlines())
+    assert (row["known"], json.loads((tmp_path / "r.csv.run.json").read_text())["unknown"]) == ("False", 0.01)
+    seen = on_a_terminal("classify", str(photos / "rocket.jpg"), "--unknown")
+    assert "--unknown 10%: of 239" in seen
+    assert f"rocket.jpg: none of these classes (looks most like {rocket['label']})" in seen.replace("\n", "")
+
+
+def test_some_kind_of_thing(photos: Path, on_a_terminal: Callable[..., str]) -> None:
+    coffee, rocket = records(opsin("classify", photos / "coffee.png", photos / "rocket.jpg", "--kind"))
+    assert coffee["kind"] == {"label": "espresso", "wnid": "n07920052", "score": pytest.approx(coffee["score"])}
+    assert rocket["kind"] is None or rocket["kind"]["score"] >= 0.9
+    seen = on_a_terminal("classify", str(photos / "rocket.jpg"), str(photos / "coffee.png"), "--kind", "0.62")
+    assert "rocket.jpg: some kind of " in seen
+    assert "coffee.png\n" in seen  # of the class itself the table says so already
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--unknown", "1.5"], '"1.5" is not a share between 0 and 100%, such as 5% or 0.05'),
+        (["--unknown", "none"], "Without a share, the option stands behind the images"),
+        (["--kind", "100%"], '"100%" is not a share'),
+    ],
+)
+def test_shares_that_are_none(arguments: list[str], message: str) -> None:
+    result = opsin("classify", "photo.jpg", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def shown(noisy_checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A model of seven classes in m/, 6 pictures of noise for each in data/, and 24 flat ones in others/."""
+    checkpoints.write(tmp_path / "m", noisy_checkpoint.model, noisy_checkpoint.preprocess, noisy_checkpoint.labels)
+    rng = np.random.default_rng(0)
+    for i in range(42):
+        folder = tmp_path / "data" / f"class {i % 7}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "others").mkdir()
+    for i in range(24):
+        Image.new("RGB", (32, 32), (10 * i, 200, 7)).save(tmp_path / "others" / f"{i:02}.png")
+    return tmp_path
+
+
+def test_a_model_is_shown_other_things(shown: Path, on_a_terminal: Callable[..., str]) -> None:
+    model, others = shown / "m", shown / "others"
+    result = opsin("evaluate", shown / "data", "--model", model, "--unknown-from", others, "--dtype", "fp32")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)["unknown"]
+    # a half of the pictures for means, of the others a half chooses: 42 → 21 → 10, 24 → 12
+    assert (found["images"], found["other_images"]) == (10, 12)
+    assert set(found["detectors"]) == {"energy", "knn", "mahalanobis"}
+    assert found["detectors"][found["method"]]["auroc"] > 0.9
+    assert set(found["false_reject"]) == {"0.01", "0.05", "0.1", "0.2"}
+    rows = records(opsin("classify", others, "--model", model, "--unknown", "10%", "--dtype", "fp32"))
+    assert sum(row["known"] for row in rows) <= 4
+    result = opsin("classify", others, "--model", model, "--unknown", "5%")
+    assert "on 12 images a share below 25.0% cannot be told from none" in result.stderr
+    seen = on_a_terminal("evaluate", str(shown / "data"), "--model", str(model), "--unknown-from", str(others))
+    assert f"{found['method']}, stored |" in seen and "Measured on 10 images of the classes and 12 others" in seen
+
+
+def test_a_calibrated_model_still_says_none_of_these(shown: Path) -> None:
+    model, others = shown / "m", shown / "others"
+
+    def ask() -> list[dict]:
+        return records(opsin("classify", others, shown / "data", "--model", model, "--unknown", "--dtype", "fp32"))
+
+    evaluate = ["evaluate", shown / "data", "--model", model, "--dtype", "fp32"]
+    opsin(*evaluate, "--unknown-from", others)
+    before = ask()
+    temperature = json.loads(opsin(*evaluate, "--calibrate").stdout)["temperature"]
+    after = ask()
+    assert temperature != 1 and before[0]["score"] != after[0]["score"]
+    scores = [[row["known_score"] for row in rows] for rows in (before, after)]
+    assert scores[0] == pytest.approx(scores[1], abs=1.01 / 12)  # one of the twelve is itself, but for rounding
+    both = json.loads(opsin(*evaluate, "--calibrate", "--unknown-from", others / "*.png").stdout)
+    assert both["unknown"]["other_images"] == 12 and {row["known"] for row in ask()} == {True, False}
+
+
+def test_showing_other_things_needs_a_folder_and_enough_of_them(shown: Path) -> None:
+    result = opsin("evaluate", shown / "data", "--model", DEFAULT_MODEL, "--unknown-from", shown / "others")
+    assert result.exit_code == 2 and "is not a folder here, so nothing can be stored" in result.stderr
+    few = shown / "others" / "1*.png"
+    result = opsin("evaluate", shown / "data", "--model", shown / "m", "--unknown-from", few)
+    assert result.exit_code == 2 and '10 images of other things are there to learn "unknown" from' in result.stderr
+    assert not (shown / "m" / "unknown.safetensors").exists()
+    result = opsin("classify", shown / "others", "--model", shown / "m", "--unknown")
+    assert result.exit_code == 4 and "has never been shown images of other things" in result.stderr
+    result = opsin("classify", shown / "others", "--model", shown / "m", "--kind")
+    assert result.exit_code == 4 and "the classes have no WordNet ids" in result.stderr
 
 
 @pytest.mark.shared

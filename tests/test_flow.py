@@ -502,7 +502,10 @@ def test_usage_errors(here: Path, arguments: list[str], message: str, monkeypatc
 def test_a_model_of_another_task(here: Path) -> None:
     result = command(here / "1.png", here / "2.png", "--model", "opsin/vit-tiny")
     assert result.exit_code == 4
-    assert "opsin/vit-tiny classifies images; `opsin classify` and `opsin embed` can use it." in result.stderr
+    assert (
+        "opsin/vit-tiny classifies images; `opsin classify`, `opsin embed`, `opsin explain` can use it."
+        in result.stderr
+    )
 
 
 def test_a_result_that_cannot_be_written_is_said(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

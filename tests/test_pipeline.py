@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 
 import opsin
 from mutations import broken_files
-from opsin import checkpoints, engine
+from opsin import checkpoints, engine, unknown
 from opsin.checkpoints import Checkpoint, native
 from opsin.device import has_bf16, has_int8
 from opsin.errors import CheckpointError, ImageCorrupt, ImageNotFound, ModelError, NoHead
+from opsin.hierarchy import narrowest
 from opsin.models.vit import ViT
 from opsin.pipeline import Classifier
 from opsin.preprocess import ImageSource, PreprocessConfig
@@ -208,6 +209,85 @@ def test_a_model_that_cannot_take_its_pixels(
     model = ViT(replace(noisy_checkpoint.model.config, num_channels=channels))
     with pytest.raises(CheckpointError, match=found):
         Classifier(replace(noisy_checkpoint, model=model, preprocess=PreprocessConfig(size=size)))
+
+
+def detector(classifier: Classifier) -> unknown.Unknown:
+    """By nearest neighbours of pictures 0 to 40; of others, flat colours of grey, a half as known as the other."""
+    assert classifier.labels is not None
+    features = classifier.embed([picture(i) for i in range(42)])
+    logits = classifier.logits([picture(i) for i in range(42)]).numpy()
+    flat = [Image.new("RGB", (9, 9), (5 * i,) * 3) for i in range(42)]
+    others = unknown.Answers(classifier.logits(flat).numpy(), classifier.embed(flat))
+    head = unknown.fingerprint(classifier.model)
+    return unknown.fit(features, np.arange(42) % 7, unknown.Answers(logits, features), others, head=head)[0]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_none_of_these(dtype: str, noisy_checkpoint: Checkpoint) -> None:
+    classifier = Classifier(noisy_checkpoint, dtype=dtype)
+    classifier.unknown = detector(classifier)
+    images = [picture(3), b"", Image.new("RGB", (9, 9), (90, 90, 90)), picture(4)]
+    plain = list(classifier.stream(images, batch_size=2))
+    found = list(classifier.stream(images, batch_size=2, unknown=0.1))
+    assert [record.get("known") for record in found] == [True, None, False, True]
+    assert [record["ok"] for record in found] == [True, False, True, True]
+    for before, after in zip(plain, found, strict=True):
+        if after["ok"]:
+            assert after["known"] is (after["known_score"] >= 0.9)
+            assert after["topk"] == before["topk"]  # to the bit: what is answered does not depend on being asked
+    good = [images[0], images[2]]
+    first, second = classifier(good, unknown=0.1)
+    assert first == classifier(good)[0] and second == []
+    assert classifier(good[1], unknown=0.1) == [] and classifier(good[1], unknown=0.99) == classifier(good[1])
+    with pytest.raises(ValueError, match="false-accept rate of 1 is no share of images"):
+        classifier.stream(images, unknown=1)
+    with pytest.raises(ValueError, match="unknown and kind are of labels; with embed there are none"):
+        classifier.stream(images, unknown=0.1, embed=True)
+
+
+def test_two_heads_give_the_logits_that_they_give_alone(noisy_checkpoint: Checkpoint) -> None:
+    """DeiT's second head reads a token that is in no features."""
+    torch.manual_seed(1)
+    assert isinstance(noisy_checkpoint.model, ViT)
+    model = ViT(replace(noisy_checkpoint.model.config, distillation_token=True))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    classifier = Classifier(replace(noisy_checkpoint, model=model), dtype="fp32")
+    classifier.unknown = detector(classifier)
+    records = list(classifier.stream([picture(i) for i in range(3)], unknown=0.1))
+    assert [record["topk"] for record in records] == classifier([picture(i) for i in range(3)])
+
+
+def test_a_model_that_was_shown_nothing_else(noisy_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    checkpoints.write(tmp_path, noisy_checkpoint.model, noisy_checkpoint.preprocess, noisy_checkpoint.labels)
+    shown_nothing = opsin.load(tmp_path, dtype="fp32")
+    with pytest.raises(ModelError, match="has never been shown images of other things, .* opsin evaluate DATA --model"):
+        shown_nothing.stream([picture(0)], unknown=0.1)
+    unknown.write(tmp_path, detector(shown_nothing))
+    (record,) = shown_nothing.stream([picture(0)], unknown=0.1)
+    assert record["known"]
+    other = opsin.load(tmp_path, dtype="fp32")
+    with torch.no_grad():
+        other.model.head.bias.add_(1)
+    with pytest.raises(CheckpointError, match="was made for another model"):
+        other([picture(0)], unknown=0.1)
+
+
+def test_kinds_of_the_embedded_classes() -> None:
+    classifier = opsin.load(dtype="fp32", lang="zh")
+    image = picture(0)
+    sure, unsure = (next(classifier.stream([image], kind=share))["kind"] for share in (0.02, 1))
+    assert unsure is None and set(sure) == {"label", "wnid", "score"} and sure["score"] >= 0.02
+    probs = classifier.logits(image).double().softmax(1)[0].numpy()
+    assert sure == narrowest(probs, classifier.labels, 0.02, "zh")
+    with pytest.raises(ValueError, match="at_least is 1.1"):
+        classifier.stream([image], kind=1.1)
+
+
+def test_classes_of_no_kind(classifier: Classifier) -> None:
+    with pytest.raises(ModelError, match="test/noise: the classes have no WordNet ids"):
+        classifier.stream([picture(0)], kind=0.9)
 
 
 def test_dtypes_agree(noisy_checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:

@@ -61,6 +61,26 @@ def test_parquet(tmp_path: Path) -> None:
     assert vectors["embedding"].to_pylist() == [[0.5, -2.0], None]
 
 
+def test_what_was_asked_for_has_columns(tmp_path: Path) -> None:
+    """Known and kind, where `run` says so and nowhere else."""
+    kind = {"label": "家猫", "wnid": "n02121808", "score": 0.5}
+    rows = [GOOD | {"known": False, "known_score": 0.25, "kind": kind}, GOOD | {"kind": None}, BAD]
+    asked = RUN | {"unknown": 0.05, "kind": 0.5}
+    for name in ("r.csv", "r.parquet"):
+        write(tmp_path / name, rows, asked)
+        write(tmp_path / f"plain-{name}", rows, RUN)
+    with (tmp_path / "r.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        first, second, bad = csv.DictReader(file)
+    assert (first["known"], first["known_score"], json.loads(first["kind"])) == ("False", "0.25", kind)
+    assert (second["kind"], bad["known"]) == ("", "")
+    table = pq.read_table(tmp_path / "r.parquet")
+    assert table["known"].to_pylist() == [False, None, None]
+    assert table["known_score"].to_pylist() == [0.25, None, None]
+    assert table["kind"].to_pylist() == [kind, None, None]
+    assert not {"known", "known_score", "kind"} & set(pq.read_table(tmp_path / "plain-r.parquet").column_names)
+    assert "known" not in (tmp_path / "plain-r.csv").read_text(errors="surrogateescape").splitlines()[0]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_an_interrupted_file_holds_the_records_so_far(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"r.{suffix}"

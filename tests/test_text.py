@@ -325,10 +325,13 @@ def test_a_terminal_gets_lines(folder: Path, filler: TextModel, on_a_terminal: C
 def test_a_model_of_another_task(folder: Path, photos: Path) -> None:
     result = command("fill-mask", "a [MASK]", "--model", "opsin/vit-tiny")
     assert result.exit_code == 4
-    assert result.stderr == "opsin: opsin/vit-tiny classifies images; `opsin classify` and `opsin embed` can use it.\n"
+    assert (
+        result.stderr
+        == "opsin: opsin/vit-tiny classifies images; `opsin classify`, `opsin embed`, `opsin explain` can use it.\n"
+    )
     result = command("classify", photos, "--model", folder)
     assert result.exit_code == 4
-    assert f"{folder} fills gaps in text; `opsin fill-mask` can use it." in result.stderr
+    assert f"{folder} fills gaps in text; `opsin fill-mask`, `opsin explain` can use it." in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from opsin import engine as engines
+from opsin import unknown
 from opsin.bench import interleaved, machine
 from opsin.checkpoints import native
 from opsin.device import cache_folder, has_bf16, has_int8
@@ -372,5 +373,7 @@ def optimise(
     choice = choose(classifier, images, budget, engine="torch", dtype="int8", progress=progress)
     assert choice.ranges is not None
     native.write(out, classifier.model, classifier.preprocess, classifier.labels)
+    if Path(classifier.source.path, unknown.FILE).is_file():
+        unknown.write(out, classifier.unknown)
     native.write_ranges(out, choice.ranges)  # the last: without it the folder is an ordinary one
     return choice

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opsin import checkpoints
+from opsin import checkpoints, hierarchy
 from opsin import engine as engines
+from opsin import unknown as detectors
 from opsin.checkpoints import Checkpoint
 from opsin.device import cache_folder, exact_fp32, find_device, has_bf16, has_int8
 from opsin.errors import CheckpointError, ImageError, ImageTooLarge, ModelError, NoHead
@@ -250,15 +252,43 @@ class Classifier:
         height, width = self.image_size
         return f"<opsin {self.source.name}: {count / 1e6:.1f}M parameters, {height}×{width} pixels, {head}>"
 
-    def __call__(self, images: ImageSource | Sequence[ImageSource], *, top_k: int = 5) -> list[Any]:
+    @cached_property
+    def unknown(self) -> detectors.Unknown:
+        """What tells images of none of the classes, as `opsin evaluate --unknown-from` stored it with the model.
+
+        Raises:
+            ModelError: nothing is stored with this model.
+            CheckpointError: it is damaged, or was made for other weights.
+        """
+        path = Path(self.source.path)
+        found = detectors.read(path if path.is_dir() else path.parent, self.model) if self.source.path else None
+        if found is None:
+            raise ModelError(
+                f"{self.source.name} has never been shown images of other things, so it cannot say what is none of its "
+                "classes. Show it some: opsin evaluate DATA --model FOLDER --unknown-from PHOTOS"
+            )
+        return found
+
+    def __call__(
+        self, images: ImageSource | Sequence[ImageSource], *, top_k: int = 5, unknown: float | None = None
+    ) -> list[Any]:
         """The `top_k` best labels of an image, `[{"label", "score", "index"}, …]`; of a list, a list of those.
 
+        Args:
+            unknown: an image that is none of the classes gets an empty list; as `stream` takes it.
         Raises:
             ImageError: an image cannot be read; `stream` gives a record instead.
             NoHead: the checkpoint has no classifier.
+            ModelError: nothing tells what is unknown to this model.
         """
         labels = self._require_labels()
-        results = top_k_labels(self.logits(images), labels, top_k, self.lang)
+        if unknown is None:
+            results = top_k_labels(self.logits(images), labels, top_k, self.lang)
+        else:
+            logits, ranks = self._ranked(self._run(self._logits_and_features, images))
+            known = self.unknown.accepts(ranks, unknown)
+            best = top_k_labels(logits, labels, top_k, self.lang)
+            results = [row if is_known else [] for row, is_known in zip(best, known, strict=True)]
         return results if _is_batch(images) else results[0]
 
     def logits(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
@@ -283,7 +313,14 @@ class Classifier:
         return self._forward(self._features if embed else self._net, resized)
 
     def stream(
-        self, images: Iterable[ImageSource], *, batch_size: int = 32, top_k: int = 5, embed: bool = False
+        self,
+        images: Iterable[ImageSource],
+        *,
+        batch_size: int = 32,
+        top_k: int = 5,
+        embed: bool = False,
+        unknown: float | None = None,
+        kind: float | None = None,
     ) -> Generator[Record]:
         """Exactly one record per input, in order, in constant memory; threads decode, and download beside the model.
 
@@ -293,19 +330,42 @@ class Classifier:
         place, `image[3]`. `ms` is its own decode time plus its share of the batch. At most two batches are read
         ahead: for a source slower than the model, take a small `batch_size`.
 
+        Args:
+            unknown: the share of images of other things that may be taken for one of the classes, 0.05 say. A record
+                gets "known", and "known_score": the share of other things that look less like the classes, so that it
+                is known from 1 − unknown on.
+            kind: a record gets "kind", `{"label", "wnid", "score"}`: the narrowest kind of thing that has this
+                probability, or None (`opsin.hierarchy.narrowest`).
         Raises:
-            ValueError: batch_size or top_k below 1.
+            ValueError: batch_size or top_k below 1, unknown or kind out of range, or together with `embed`.
             NoHead: labels are asked of a checkpoint without a classifier.
+            ModelError: nothing tells what is unknown to this model, or its classes have no kinds.
         """
         for name, value in (("batch_size", batch_size), ("top_k", top_k)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if embed and (unknown is not None or kind is not None):
+            raise ValueError("unknown and kind are of labels; with embed there are none.")
         if not embed:
-            self._require_labels()
-        return self._stream(enumerate(images), batch_size=batch_size, top_k=top_k, embed=embed)
+            labels = self._require_labels()
+        if unknown is not None:
+            detectors.check(unknown)
+            self.unknown  # noqa: B018, read now: what is wrong with it is no matter of an image
+        if kind is not None:
+            try:
+                hierarchy.check(labels, kind)
+            except hierarchy.NoKinds as error:
+                raise ModelError(f"{self.source.name}: {error}") from error
+        answers = partial(self._answers, top_k=top_k, embed=embed, unknown=unknown, kind=kind)
+        function = self._features if embed else self._logits if unknown is None else self._logits_and_features
+        return self._stream(enumerate(images), batch_size, function, answers)
 
     def _stream(
-        self, source: Iterator[tuple[int, ImageSource]], *, batch_size: int, top_k: int, embed: bool
+        self,
+        source: Iterator[tuple[int, ImageSource]],
+        batch_size: int,
+        function: Callable[[Tensor], Tensor],
+        answers: Callable[[Tensor], Iterator[Record]],
     ) -> Generator[Record]:
         # On a CPU the model wants every core: what is decoded meanwhile slows both, by a quarter in all. So a batch is
         # decoded by all threads, then run by all; only downloads, which wait, go on beside the model.
@@ -326,7 +386,7 @@ class Classifier:
                         if not isinstance(item, Future):
                             _read_ahead(item[1])
                     batch = [future.result() for future in futures]
-                    yield from self._records(batch, top_k=top_k, embed=embed)
+                    yield from self._records(batch, function, answers)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
@@ -344,35 +404,60 @@ class Classifier:
     def _pixels(self, image: ImageSource) -> tuple[np.ndarray, tuple[int, int]]:
         return self.preprocess.load(image, max_pixels=self.max_pixels, decode=self.decode, exact_resize=self._exact)
 
-    def _records(self, batch: list[_Loaded], *, top_k: int, embed: bool) -> Iterator[Record]:
+    def _records(
+        self,
+        batch: list[_Loaded],
+        function: Callable[[Tensor], Tensor],
+        answers: Callable[[Tensor], Iterator[Record]],
+    ) -> Iterator[Record]:
         good = [item for item in batch if item.error is None]
-        answers: dict[int, Record] = {}  # id of the item → its own answer
+        found: dict[int, Record] = {}  # id of the item → its own answer
         start = time.perf_counter()
         if good:
-            output = self._forward(self._features if embed else self._net, [item.pixels for item in good])
+            output = self._forward(function, [item.pixels for item in good])
             finite = output.isfinite().all(dim=1)
             sound = [item for item, is_finite in zip(good, finite.tolist(), strict=True) if is_finite]
-            for item, answer in zip(sound, self._answers(output[finite], top_k=top_k, embed=embed), strict=True):
-                answers[id(item)] = answer
+            for item, answer in zip(sound, answers(output[finite]), strict=True):
+                found[id(item)] = answer
         share = (time.perf_counter() - start) * 1e3 / max(len(good), 1)
         for item in batch:
             if item.error is not None:
                 error = {"type": item.error.kind, "message": str(item.error)}
                 yield {"path": item.path, "ok": False, "error": error}
-            elif id(item) not in answers:
+            elif id(item) not in found:
                 error = {"type": "not_finite", "message": f"{item.path}: the model's output for it is not finite."}
                 yield {"path": item.path, "ok": False, "error": error}
             else:
                 width, height = item.size
                 facts = {"width": width, "height": height, "ms": round(item.ms + share, 2)}
-                yield {"path": item.path, "ok": True, **answers[id(item)], **facts}
+                yield {"path": item.path, "ok": True, **found[id(item)], **facts}
 
-    def _answers(self, output: Tensor, *, top_k: int, embed: bool) -> Iterator[Record]:
+    def _answers(
+        self, output: Tensor, *, top_k: int, embed: bool, unknown: float | None, kind: float | None
+    ) -> Iterator[Record]:
         if embed:
             yield from ({"embedding": row} for row in output.numpy())
-        elif len(output):
-            for best in top_k_labels(output, self._require_labels(), top_k, self.lang):
-                yield {"label": best[0]["label"], "index": best[0]["index"], "score": best[0]["score"], "topk": best}
+            return
+        if not len(output):
+            return
+        labels = self._require_labels()
+        more: list[Record] = [{} for _ in output]
+        if unknown is not None:
+            output, ranks = self._ranked(output)
+            for record, rank, known in zip(more, ranks, self.unknown.accepts(ranks, unknown), strict=True):
+                record |= {"known": bool(known), "known_score": float(rank)}
+        if kind is not None:
+            for record, probs in zip(more, output.double().softmax(1).numpy(), strict=True):
+                record["kind"] = hierarchy.narrowest(probs, labels, kind, self.lang)
+        for record, best in zip(more, top_k_labels(output, labels, top_k, self.lang), strict=True):
+            first = {"label": best[0]["label"], "index": best[0]["index"], "score": best[0]["score"], "topk": best}
+            yield first | record
+
+    def _ranked(self, output: Tensor) -> tuple[Tensor, np.ndarray]:
+        """(B, K + D) → logits (B, K), and how known each image is (`Unknown.ranks`)."""
+        logits, features = output.split([len(self._require_labels()), self.feature_dim], dim=1)
+        detector = self.unknown
+        return logits, detector.ranks(detector.scores(logits.numpy(), features.numpy()))
 
     def _run(self, function: Callable[[Tensor], Tensor], images: ImageSource | Sequence[ImageSource]) -> Tensor:
         """Any number of images through `function`, 32 at a time, so that memory does not grow with a long list."""
@@ -389,8 +474,18 @@ class Classifier:
         with torch.inference_mode(), exact_fp32(self.device):
             return function(self._upload(resized).to(self.device)).float().cpu()
 
+    def _logits(self, pixels: Tensor) -> Tensor:
+        return self._net(pixels)
+
     def _features(self, pixels: Tensor) -> Tensor:
         return self._net.features(pixels)
+
+    def _logits_and_features(self, pixels: Tensor) -> Tensor:
+        """(B, K + D), of one pass; of two where a second head reads another token (DeiT)."""
+        model: Any = self.model
+        features = self._features(pixels).float()
+        logits = self._net(pixels) if getattr(model, "head_dist", None) is not None else model.classify(features)
+        return torch.cat([logits, features], dim=1)
 
     def _require_labels(self) -> Labels:
         if self.labels is None:

@@ -86,13 +86,15 @@ def _jsonl(path: Path, run: Record) -> Iterator[Write]:
 def _csv(path: Path, run: Record) -> Iterator[Write]:
     tail = ["width", "height", "ms", "error_type", "error_message"]
     head = ["path", "ok"] + (["embedding"] if run["task"] == "embed" else ["label", "index", "score", "topk"])
+    head += ["known", "known_score"] if "unknown" in run else []
+    head += ["kind"] if "kind" in run else []
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = csv.DictWriter(file, head + tail)
         rows.writeheader()
 
         def write(record: Record) -> None:
             row = _flat(record)
-            for key in ("topk", "embedding"):
+            for key in ("topk", "embedding", "kind"):
                 if row.get(key) is not None:
                     row[key] = json_line(row[key])
             rows.writerow({key: row.get(key) for key in head + tail})
@@ -115,6 +117,11 @@ def _parquet(path: Path, run: Record) -> Iterator[Write]:
     else:
         best = pa.struct([("label", pa.string()), ("score", pa.float32()), ("index", pa.int32())])
         answer = [("label", pa.string()), ("index", pa.int32()), ("score", pa.float32()), ("topk", pa.list_(best))]
+    if "unknown" in run:
+        answer += [("known", pa.bool_()), ("known_score", pa.float32())]
+    if "kind" in run:
+        kind = pa.struct([("label", pa.string()), ("wnid", pa.string()), ("score", pa.float32())])
+        answer += [("kind", kind)]
     schema = pa.schema(
         [
             ("path", pa.string()),

@@ -14,6 +14,8 @@ import click
 
 from opsin import __version__
 from opsin.cli.bench import bench
+from opsin.cli.explain import explain
+from opsin.cli.export import export
 from opsin.cli.output import (
     ALL_GOOD,
     DEFAULT_MODEL,
@@ -36,8 +38,9 @@ from opsin.cli.output import (
     stdin_paths,
     stdin_texts,
 )
-from opsin.cli.speed import autopilot, optimize, say_drift, speed_options
+from opsin.cli.speed import RATE, autopilot, optimize, say_drift, speed_options
 from opsin.cli.training import doctor, evaluate_command, train
+from opsin.cli.verify import compare, verify
 
 if TYPE_CHECKING:
     from opsin.pipeline import Classifier
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OPSIN", "max_content_width": 100},
-    epilog="Exit codes: 0 all good, 1 the result could not be written, 2 usage, 3 some inputs failed, "
+    epilog="Exit codes: 0 all good, 1 the result could not be written, 2 usage, 3 some inputs or checks failed, "
     "4 the model could not be loaded, 130 interrupted. "
     "Every option can be set by an environment variable: OPSIN_CLASSIFY_TOP_K=3.",
 )
@@ -62,6 +65,10 @@ def main() -> None:
     opsin autoencode clip.mp4 --out rebuilt.mp4
     opsin train photos/
     opsin evaluate photos/val --model runs/1
+    opsin explain photo.jpg --out why.png
+    opsin compare runs/1@fp32 runs/1@bf16 photos/
+    opsin verify google/vit-base-patch16-224
+    opsin export --model runs/1 --to onnx --out m.onnx
     opsin optimize --calibrate photos/ --out m-int8
     opsin bench --vs transformers,openvino
     opsin models
@@ -95,6 +102,18 @@ def image_options(command: Callable[..., None]) -> Callable[..., None]:
 @image_options
 @click.option("--top-k", "--topk", type=click.IntRange(1), default=5, show_default=True, help="Labels per image.")
 @click.option("--lang", type=click.Choice(["en", "zh"]), default="en", show_default=True, help="Language of labels.")
+@click.option(
+    "--unknown",
+    type=RATE,
+    is_flag=False,
+    flag_value="10%",
+    metavar="[RATE]",
+    help='Say "none of these": at most this share of images of other things is still taken for one of the '
+    "classes; 10% without a value. What that costs is said first. Needs `opsin evaluate --unknown-from`.",
+)
+@click.option("--kind", type=RATE, is_flag=False, flag_value="90%", metavar="[SHARE]",
+              help='Say "some kind of cat": the narrowest kind of thing that is at least so probable; 90% without a '
+              "value. For classes with WordNet ids, as ImageNet's.")  # fmt: skip
 def classify(paths: tuple[str, ...], top_k: int, **options: Any) -> None:
     """Name what is in images: files, folders, patterns, URLs, or - for a list of paths on standard input.
 
@@ -359,6 +378,8 @@ def run(
     batch_size: int | None,
     budget: float | None,
     lang: str,
+    unknown: float | None = None,
+    kind: float | None = None,
     **options: Any,
 ) -> None:
     """`classify` and `embed`: inputs → records → terminal, pipe or file, then the exit code."""
@@ -400,15 +421,20 @@ def run(
             batch_size = batch_size or chosen.batch_size
             agreed = {"budget": budget, "agreed": chosen.agreed, "agreed_of": chosen.images}
         batch_size = batch_size or 32
-        records = classifier.stream(images, batch_size=batch_size, top_k=top_k, embed=task == "embed")
+        records = classifier.stream(
+            images, batch_size=batch_size, top_k=top_k, embed=task == "embed", unknown=unknown, kind=kind
+        )
+        if unknown is not None:
+            say_cost(classifier.unknown, unknown)
     except (ModelError, NoHead, MissingExtra) as error:
         fail(error)
     try:
         with ExitStack() as stack:
             if out is not None:
-                write = stack.enter_context(writer(out, run=describe(classifier, task=task) | agreed))
+                asked = {name: value for name, value in (("unknown", unknown), ("kind", kind)) if value is not None}
+                write = stack.enter_context(writer(out, run=describe(classifier, task=task) | agreed | asked))
             elif sys.stdout.isatty():
-                write = show
+                write = show_found
             else:
                 sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
 
@@ -432,6 +458,30 @@ def run(
     sys.exit(SOME_FAILED if counts["failed"] else ALL_GOOD)
 
 
+def say_cost(detector: Any, rate: float) -> None:
+    """What a false-accept rate means, in shares that were measured."""
+    say(
+        f"--unknown {100 * rate:.4g}%: of {detector.num_others:,} images of other things "
+        f"{detector.false_accept(rate):.1%} were taken for one of the classes, of {detector.num_known:,} images of the "
+        f"classes {detector.false_reject(rate):.1%} for none of them ({detector.method})"
+    )
+    if rate * detector.num_others < 1:
+        say(f"on {detector.num_others} images a share below {3 / detector.num_others:.1%} cannot be told from none")
+
+
+def show_found(record: dict[str, Any]) -> None:
+    """`show`, with what --unknown and --kind found on the line of the path."""
+    found = ""
+    if record.get("known") is False:
+        found = f": none of these classes (looks most like {record['label']})"
+    elif (kind := record.get("kind")) is not None:
+        certain = kind["label"] == record["label"]  # of a class itself the table says the same
+        found = "" if certain else f": some kind of {kind['label']}, {kind['score']:.1%}"
+    elif "kind" in record:
+        found = ": of no kind that is so sure"
+    show(record | {"path": f"{record['path']}{found}"})
+
+
 def describe(classifier: "Classifier", *, task: str) -> dict[str, Any]:
     """What made a result file: enough to make it again."""
     source = classifier.source
@@ -451,5 +501,5 @@ def describe(classifier: "Classifier", *, task: str) -> dict[str, Any]:
     }
 
 
-for command in (train, evaluate_command, doctor, bench, optimize):
+for command in (train, evaluate_command, doctor, explain, compare, verify, export, bench, optimize):
     main.add_command(command)

@@ -19,8 +19,8 @@ VIDEO_MODEL = "deepmind/multimodal-perceiver"
 
 # class of a loaded model: what it does, and the commands that take it
 TASKS = {
-    "Classifier": ("classifies images", ("classify", "embed")),
-    "TextModel": ("fills gaps in text", ("fill-mask",)),
+    "Classifier": ("classifies images", ("classify", "embed", "explain")),
+    "TextModel": ("fills gaps in text", ("fill-mask", "explain")),
     "FlowModel": ("measures motion between two images", ("flow",)),
     "VideoModel": ("rebuilds video with sound", ("autoencode",)),
 }
@@ -95,7 +95,7 @@ def load_model(command: str, *, model: str, max_pixels: int | None = None, **opt
         sys.exit(INTERRUPTED)
     task, commands = TASKS[type(loaded).__name__]
     if command not in commands:
-        raise ModelError(f"{model} {task}; {' and '.join(f'`opsin {name}`' for name in commands)} can use it.")
+        raise ModelError(f"{model} {task}; {', '.join(f'`opsin {name}`' for name in commands)} can use it.")
     if model == DEFAULT_MODEL:
         from opsin.checkpoints.catalog import CATALOG
 

@@ -20,18 +20,28 @@ DRIFT_IMAGES = 16  # that --decode fast is compared on
 
 
 class Share(click.ParamType):
-    """`1%` or `0.01`."""
+    """`1%` or `0.01`, of which `fits` says whether it is in range."""
 
     name = "share"
+
+    def __init__(self, fits: Callable[[float], bool], expected: str) -> None:
+        self.fits, self.expected = fits, expected
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
         found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%?)", value.strip())
         share = float(found[1]) / (100 if found[2] else 1) if found else -1.0
-        if not 0 <= share <= MAX_BUDGET:
-            self.fail(f'"{value}" is not a share between 0 and {MAX_BUDGET:.0%}, such as 1% or 0.01.', param, ctx)
+        if not self.fits(share):
+            self.fail(f'"{value}" is not a share {self.expected}', param, ctx)
         return share
+
+
+BUDGET = Share(lambda share: 0 <= share <= MAX_BUDGET, f"between 0 and {MAX_BUDGET:.0%}, such as 1% or 0.01.")
+RATE = Share(  # of an option that may stand without a value, and so takes the next word for one
+    lambda share: 0 < share < 1,
+    "between 0 and 100%, such as 5% or 0.05. Without a share, the option stands behind the images.",
+)
 
 
 def speed_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -44,7 +54,7 @@ def speed_options(command: Callable[..., None]) -> Callable[..., None]:
                          show_default=True, help="What computes."),
             click.option("--decode", type=click.Choice(["exact", "fast"]), default="exact", show_default=True,
                          help="fast reads large JPEGs at a fraction of their size."),
-            click.option("--budget", type=Share(), metavar="SHARE",
+            click.option("--budget", type=BUDGET, metavar="SHARE",
                          help="Try what is fast here, and take the fastest whose best label differs from fp32's on at "
                          "most this share of the images: 1% or 0.01. Remembered."),
         ]
@@ -124,7 +134,7 @@ def say_drift(classifier: "Classifier", images: Sequence[str]) -> None:
 @click.option("--calibrate", "photos", required=True, metavar="PHOTOS",
               help="A folder, file or pattern of images like those to come; up to 256 are read.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="Must be new, or empty.")
-@click.option("--budget", type=Share(), default=0.01, show_default="1%", metavar="SHARE",
+@click.option("--budget", type=BUDGET, default=0.01, show_default="1%", metavar="SHARE",
               help="Of images whose best label may differ from fp32's.")  # fmt: skip
 def optimize(model: str, revision: str | None, photos: str, out: Path, budget: float) -> None:
     """Write a folder that runs in int8 on CPUs that multiply it, measured on your photos.

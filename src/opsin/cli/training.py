@@ -414,12 +414,16 @@ def show_recipes() -> None:
 )
 @click.option("--partial", is_flag=True, help="Allow classes of the model without an image.")
 @click.option("--calibrate", is_flag=True, help="Fit a temperature and store it with the model, a folder here.")
+@click.option("--unknown-from", multiple=True, metavar="PHOTOS",
+              help="Images of none of the classes: learn what they look like to the model, a folder here, for "
+              "`opsin classify --unknown`. A folder, file or pattern; may be given again.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 def evaluate_command(
     data: tuple[str, ...], model: str, out: Path | None, split: str | None, against: str | None,
-    train_data: str | None, real: Path | None, partial: bool, calibrate: bool, batch_size: int, **options: Any,
+    train_data: str | None, real: Path | None, partial: bool, calibrate: bool, unknown_from: tuple[str, ...],
+    batch_size: int, **options: Any,
 ) -> None:  # fmt: skip
     """Score a model on labelled images: accuracy, errors by class, calibration.
 
@@ -427,6 +431,7 @@ def evaluate_command(
     opsin evaluate photos/val --model runs/1 --out report/
     opsin evaluate /imagenet/val --model google/vit-large-patch16-224 --real real.json
     opsin evaluate photos/ --model runs/1 --against runs/2
+    opsin evaluate photos/val --model runs/1 --unknown-from other_photos/
 
     DATA is what `opsin train` takes; its classes are the model's by name or WordNet id, never by order. Markdown on a
     terminal, JSON in a pipe. An image that cannot be read is named, and is in no figure.
@@ -436,7 +441,7 @@ def evaluate_command(
     from opsin.errors import DataError, MissingExtra, ModelError, NoHead
     from opsin.results import json_line
 
-    if calibrate and not Path(model).is_dir():
+    if (calibrate or unknown_from) and not Path(model).is_dir():
         raise click.BadParameter(
             f'"{model}" is not a folder here, so nothing can be stored in it.', param_hint="--model"
         )
@@ -448,11 +453,21 @@ def evaluate_command(
             raise ModelError(f"{model} is a {classifier.source.format} model, which opsin reads and does not write.")
         if classifier.labels is None:
             raise NoHead(f"{model} has no classification head, so there is nothing to score: train one, `opsin train`.")
+        if unknown_from and classifier.labels.multi_label:
+            raise click.UsageError(
+                "--unknown-from is for one class an image; a model of several says by itself that it sees none of "
+                "them: no score above one half."
+            )
         evaluate.align(samples, classifier.labels, partial=partial)
         rows = held_out_rows(samples) if split is None else range(len(samples))
         with answering(out), parts("images") as advance:
             found = evaluate.predict(
-                classifier, samples, rows, batch_size=batch_size, features=train_data is not None, on_batch=advance
+                classifier,
+                samples,
+                rows,
+                batch_size=batch_size,
+                features=train_data is not None or bool(unknown_from),
+                on_batch=advance,
             )
             targets = samples.targets[found.rows]
             if not found.ok.any():
@@ -463,13 +478,17 @@ def evaluate_command(
                 facts |= real_scores(real, found, classifier.labels)
             if train_data is not None:
                 facts |= feature_scores(classifier, train_data, found, targets, batch_size, advance)
+            shown = show_others(classifier, samples, found, unknown_from, batch_size, advance) if unknown_from else None
             if calibrate:
                 facts["temperature"] = temperature = evaluate.fit_temperature(
                     found.logits[found.ok], targets[found.ok], multi_label=classifier.labels.multi_label
                 )
-                evaluate.calibrate(classifier.model, temperature)
-                write = checkpoints.write if classifier.source.format == "opsin" else checkpoints.write_hf
-                write(Path(model), classifier.model, classifier.preprocess, classifier.labels)
+                with keeping_unknown(Path(model), classifier.model, temperature):
+                    evaluate.calibrate(classifier.model, temperature)
+                    write = checkpoints.write if classifier.source.format == "opsin" else checkpoints.write_hf
+                    write(Path(model), classifier.model, classifier.preprocess, classifier.labels)
+            if shown is not None:
+                facts["unknown"] = store_unknown(Path(model), classifier.model, shown, facts.get("temperature", 1.0))
             differences = None
             if second is not None:
                 other = evaluate.predict(second, samples, rows, batch_size=batch_size, on_batch=advance)
@@ -479,6 +498,8 @@ def evaluate_command(
         with answering():
             if sys.stdout.isatty():
                 click.echo(evaluate.markdown(facts, result, found, differences), nl=False)
+                if unknown_from:
+                    click.echo(unknown_markdown(facts["unknown"]), nl=False)
             else:
                 record = facts | {"bad_images": len(found.errors)} | result.to_dict()
                 print(json_line(record | ({} if differences is None else {"agreement": differences})), flush=True)
@@ -536,6 +557,86 @@ def feature_scores(
     test, truth = found.features[found.ok], targets[found.ok]
     nearest = evaluate.knn(x, y, test)
     return {"knn_top1": float((nearest == truth).mean()), "few_shot": few_shot(x, y, test, truth)}
+
+
+def show_others(
+    classifier: Any, samples: Any, found: Any, photos: tuple[str, ...], batch_size: int,
+    advance: Callable[[int, int], None],
+) -> dict[str, Any]:  # fmt: skip
+    """What `opsin.unknown.fit` takes. Means and neighbours come from images of the set that are not scored; where all
+    are, from every other one of each class, and the rest measures."""
+    import numpy as np
+
+    from opsin import evaluate, unknown
+    from opsin.data.files import find_images
+    from opsin.data.samples import Files, Strings
+    from opsin.labels import Labels
+
+    paths = list(find_images(photos))
+    nothing = Files(np.zeros(len(paths), np.int64), Labels(("none of them",)), None, root="", names=Strings.pack(paths))
+    others = evaluate.predict(classifier, nothing, features=True, batch_size=batch_size, on_batch=advance)
+    if others.errors:
+        say(f"{len(others.errors)} of {len(paths)} images of other things cannot be read")
+    rest = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(len(samples)), found.rows))
+    if len(rest):
+        rest = rest[unknown.places(samples.targets[rest]) < unknown.BANK_PER_CLASS]
+        bank = evaluate.predict(
+            classifier, samples, rest, logits=False, features=True, batch_size=batch_size, on_batch=advance
+        )
+        learn, measure = bank.ok, found.ok
+    else:
+        bank, even = found, unknown.places(samples.targets[found.rows]) % 2 == 0
+        learn, measure = found.ok & even, found.ok & ~even
+    return {
+        "bank": bank.features[learn],
+        "targets": samples.targets[bank.rows[learn]],
+        "known": unknown.Answers(found.logits[measure], found.features[measure]),
+        "others": unknown.Answers(others.logits[others.ok], others.features[others.ok]),
+    }
+
+
+@contextmanager
+def keeping_unknown(folder: Path, model: Any, temperature: float) -> Iterator[None]:
+    """What was stored for `--unknown` goes on to hold when the model's logits are divided by a temperature."""
+    from opsin import unknown
+    from opsin.errors import CheckpointError
+
+    try:
+        detector = unknown.read(folder, model)
+    except CheckpointError as error:
+        say(str(error))
+        detector = None
+    yield
+    if detector is not None:
+        unknown.write(folder, unknown.rescaled(detector, temperature, unknown.fingerprint(model)))
+
+
+def store_unknown(folder: Path, model: Any, shown: dict[str, Any], temperature: float) -> dict[str, Any]:
+    """Fit, write into the model's folder, and say what was measured."""
+    from opsin import unknown
+
+    for name in ("known", "others"):
+        shown[name] = shown[name]._replace(logits=shown[name].logits / temperature)
+    detector, qualities = unknown.fit(**shown, head=unknown.fingerprint(model))
+    unknown.write(folder, detector)
+    return {
+        "method": detector.method,
+        "images": detector.num_known,
+        "other_images": detector.num_others,
+        "detectors": {method: quality._asdict() for method, quality in qualities.items()},
+        "false_reject": {str(rate): detector.false_reject(rate) for rate in (0.01, 0.05, 0.1, 0.2)},
+    }
+
+
+def unknown_markdown(facts: dict[str, Any]) -> str:
+    lines = ["", "## Images of none of the classes", "", "| | AUROC | FPR95 |", "|---|---:|---:|"]
+    for method, quality in facts["detectors"].items():
+        stored = ", stored" if method == facts["method"] else ""
+        lines.append(f"| {method}{stored} | {quality['auroc']:.3f} | {quality['fpr95']:.1%} |")
+    lines += ["", "| `--unknown`: others taken for known | known taken for others |", "|---:|---:|"]
+    lines += [f"| {float(rate):.0%} | {share:.1%} |" for rate, share in facts["false_reject"].items()]
+    count = f"{facts['images']:,} images of the classes and {facts['other_images']:,} others"
+    return "\n".join([*lines, "", f"Measured on {count}, which had no part in the fit."]) + "\n"
 
 
 @click.command(short_help="Look for what is wrong with a folder of images.")
