@@ -96,9 +96,7 @@ def test_answers_come_in_the_order_asked_and_bad_images_fail_alone(classifier: C
     samples = InMemory([*sources, None], classifier.labels or LETTERS)
     rows = [11, 10, 2, 0, 5, 7, 1, 3, 8]
     seen: list[tuple[int, int]] = []
-    found = predict(
-        classifier, samples, rows, features=True, batch_size=2, workers=3, on_batch=lambda *x: seen.append(x)
-    )
+    found = predict(classifier, samples, rows, features=True, batch_size=2, on_batch=lambda *x: seen.append(x))
     assert seen == [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
     assert found.keys == tuple(f"photo-{row}" for row in rows)
     assert found.rows.tolist() == rows
@@ -170,8 +168,6 @@ def test_predict_says_what_cannot_be(classifier: Classifier, noisy_checkpoint: C
     samples = InMemory([encoded(0)], LETTERS)
     with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
         predict(classifier, samples, batch_size=0)
-    with pytest.raises(ValueError, match="workers is -1; it must be at least 1"):
-        predict(classifier, samples, workers=-1)
     with pytest.raises(ValueError, match="nothing would be computed"):
         predict(classifier, samples, logits=False)
     assert isinstance(noisy_checkpoint.model, ViT)

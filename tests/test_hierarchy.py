@@ -40,7 +40,7 @@ def probs(labels: Labels = IMAGENET, **shares: float) -> np.ndarray:
     ],
 )
 def test_the_narrowest_kind_that_is_sure(shares: dict[str, float], label: str, score: float) -> None:
-    kind = narrowest(probs(**shares), IMAGENET, 0.9)
+    kind = narrowest(probs(IMAGENET, **shares), IMAGENET, 0.9)
     assert kind is not None
     assert kind["label"] == label
     assert kind["score"] == pytest.approx(score)
@@ -55,7 +55,8 @@ def test_kinds_that_tell_nothing_are_no_answer() -> None:
 def test_a_kind_has_a_chinese_name() -> None:
     cats = probs(tabby=0.5, Persian_cat=0.5)
     assert narrowest(cats, IMAGENET, lang="zh") == {"label": "家猫", "wnid": "n02121808", "score": 1}
-    assert (narrowest(probs(tabby=1), IMAGENET, lang="zh") or {})["label"] == "虎斑猫"
+    tabby = narrowest(probs(tabby=1), IMAGENET, lang="zh")
+    assert tabby is not None and tabby["label"] == "虎斑猫"
     strange = probs(coho=0.5, barracouta=0.5)
     assert narrowest(strange, IMAGENET, lang="zh")
 

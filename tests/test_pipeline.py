@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,7 +227,7 @@ def detector(classifier: Classifier) -> unknown.Unknown:
 def test_none_of_these(dtype: str, noisy_checkpoint: Checkpoint) -> None:
     classifier = Classifier(noisy_checkpoint, dtype=dtype)
     classifier.unknown = detector(classifier)
-    images = [picture(3), b"", Image.new("RGB", (9, 9), (90, 90, 90)), picture(4)]
+    images: list[Any] = [picture(3), b"", Image.new("RGB", (9, 9), (90, 90, 90)), picture(4)]
     plain = list(classifier.stream(images, batch_size=2))
     found = list(classifier.stream(images, batch_size=2, unknown=0.1))
     assert [record.get("known") for record in found] == [True, None, False, True]

@@ -374,7 +374,7 @@ def site() -> Iterator[str]:
 
 def test_urls(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(array(f"{site}/picture.png"), NOISE)
-    with pytest.raises(ImageUnreadable, match=r"/gone.png: the download failed: HTTP Error 404: Not Found\.$"):
+    with pytest.raises(ImageNotFound, match=r"/gone.png: the download failed: HTTP Error 404: Not Found\.$"):
         decode(f"{site}/gone.png")
     with pytest.raises(ImageUnreadable, match="it ended after 50 of"):
         decode(f"{site}/short")

@@ -18,6 +18,7 @@ from opsin import checkpoints
 from opsin.checkpoints import Checkpoint, Source
 from opsin.cli import main
 from opsin.errors import CheckpointError, NoMask, TextError, TextTooLong
+from opsin.models.layers import Trace
 from opsin.models.perceiver_io import TextPerceiver, TextPerceiverConfig
 from opsin.text import (
     CLS,
@@ -98,7 +99,7 @@ class Wanted(TextPerceiver):
         super().__init__(config)
         self.wanted = wanted
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, trace: Trace | None = None) -> Tensor:
         logits = torch.zeros(*ids.shape, VOCAB_SIZE)
         logits[..., MASK] = 9  # likelier than any byte, and not what a gap is filled with
         for row in range(len(ids)):

@@ -61,7 +61,7 @@ def test_energy_is_the_log_sum_of_exponentials() -> None:
     found = answers(5, 11, known=True)
     expected = torch.from_numpy(found.logits).double().logsumexp(1)
     assert fitted("energy").scores(*found) == pytest.approx(expected.numpy(), rel=1e-12)
-    huge = Answers(np.float32([[1000, -1000, 0]]), found.features[:1])
+    huge = Answers(np.array([[1000, -1000, 0]], np.float32), found.features[:1])
     assert fitted("energy").scores(*huge) == pytest.approx([1000])
 
 
@@ -225,8 +225,16 @@ def test_a_truncated_file_is_damaged(noisy_checkpoint: Checkpoint, tmp_path: Pat
 def test_the_fingerprint_is_that_of_the_head(noisy_checkpoint: Checkpoint) -> None:
     def perceiver(seed: int) -> ImagePerceiver:
         torch.manual_seed(seed)
-        shape = {"num_latents": 5, "latent_dim": 8, "num_blocks": 1, "layers_per_block": 1, "num_heads": 2}
-        return ImagePerceiver(ImagePerceiverConfig(image_size=(16, 16), num_classes=3, **shape))
+        config = ImagePerceiverConfig(
+            image_size=(16, 16),
+            num_classes=3,
+            num_latents=5,
+            latent_dim=8,
+            num_blocks=1,
+            layers_per_block=1,
+            num_heads=2,
+        )
+        return ImagePerceiver(config)
 
     assert unknown.fingerprint(perceiver(0)) == unknown.fingerprint(perceiver(0)) != unknown.fingerprint(perceiver(1))
     assert unknown.fingerprint(noisy_checkpoint.model) == unknown.fingerprint(noisy_checkpoint.model)
@@ -236,7 +244,7 @@ def test_a_temperature_changes_no_answer(noisy_checkpoint: Checkpoint) -> None:
     model = copy.deepcopy(noisy_checkpoint.model)
     few = answers(5, 11, known=True)
     for method in ("energy", "knn"):
-        before = replace(fitted(method), head=unknown.fingerprint(model))  # type: ignore[arg-type]
+        before = replace(fitted(method), head=unknown.fingerprint(model))
         evaluate.calibrate(model, 1.7)
         after = unknown.rescaled(before, 1.7, unknown.fingerprint(model))
         assert after.head != before.head

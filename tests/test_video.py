@@ -444,8 +444,7 @@ def test_parts_give_what_one_decoding_of_everything_gives(model: VideoModel, mon
     with torch.inference_mode():
         pixels = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)[None] / 255
         latents = model.model.encode(pixels, torch.from_numpy(clip.audio)[None])
-        points = {"image_points": torch.arange(5 * 12 * 20), "audio_points": torch.arange(35)}
-        wanted = model.model.decode(latents, **points)
+        wanted = model.model.decode(latents, image_points=torch.arange(5 * 12 * 20), audio_points=torch.arange(35))
     images = wanted["image"][0].reshape(5, 12, 20, 3).numpy() * 255
     assert ((images > 1) & (images < 254)).mean() > 0.9
     assert images.std(axis=(0, 1, 2)).min() > 5

@@ -27,6 +27,7 @@
     │   └── UnsafeCheckpoint        a file that could only be read by executing code in it
     ├── DataError               a labelled set that cannot be read, divided or matched with a model's classes
     ├── TrainError              a run that cannot begin, go on or be resumed
+    ├── BulkError               a folder of results that cannot be begun or gone on with
     ├── NoHead                  labels were asked of a model that has none
     └── MissingExtra            an optional package is not installed
 
@@ -146,6 +147,10 @@ class DataError(OpsinError):
 
 class TrainError(OpsinError):
     """A training run cannot begin or go on."""
+
+
+class BulkError(OpsinError):
+    """A run over many images cannot begin, go on or end as it was asked to."""
 
 
 class NoHead(OpsinError):

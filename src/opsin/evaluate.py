@@ -10,10 +10,10 @@ import json
 import logging
 import math
 import re
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,13 @@ from torch import nn
 
 from opsin import plots
 from opsin.checkpoints.files import replacing
+from opsin.data.archives import Item
 from opsin.data.samples import Samples, relabel
-from opsin.errors import DataError, ImageError, ImageTooLarge, MissingExtra
+from opsin.errors import DataError, MissingExtra
 from opsin.labels import Labels, match
 from opsin.models.perceiver_io import ImagePerceiver
 from opsin.pipeline import Classifier
 from opsin.plots import Bin
-from opsin.preprocess import decode
 from opsin.results import json_line
 
 log = logging.getLogger(__name__)
@@ -73,25 +73,23 @@ def predict(
     logits: bool = True,
     features: bool = False,
     batch_size: int = 32,
-    workers: int = 2,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Run a classifier over images of a set; one that cannot be read, or has no finite answer, fails alone.
 
-    Decoding runs on threads, at most two batches ahead of the model; memory grows by the results only.
+    Pixels are those of `Classifier.stream`: in all but exact fp32 a JPEG's may be one off. Memory grows by the results
+    only.
 
     Args:
         rows: of the set, in the order wanted; None: all.
         logits, features: what to compute; both take two passes of the model.
-        workers: threads that decode.
         on_batch: called with (images done, n) after every batch.
     Raises:
-        ValueError: batch_size or workers below 1, or nothing is asked for.
+        ValueError: batch_size below 1, or nothing is asked for.
         NoHead: logits are asked of a checkpoint without a classifier.
     """
-    for name, value in (("batch_size", batch_size), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     if not (logits or features):
         raise ValueError("logits and features are both False: nothing would be computed.")
     wanted = np.arange(len(samples)) if rows is None else np.asarray(rows, np.int64)
@@ -100,49 +98,36 @@ def predict(
     ok = np.zeros(len(wanted), bool)
     errors: list[Bad] = []
 
-    def load(row: int, key: str) -> np.ndarray | Bad:
-        try:
-            image = decode(samples.source(row), max_pixels=classifier.max_pixels)
-            return classifier.preprocess.resize(image)
-        except ImageError as error:
-            return Bad(key, error.kind, str(error))
-        except MemoryError:
-            return Bad(key, ImageTooLarge.kind, f"{key}: not enough memory to resize it.")
-
-    ahead: Iterator[tuple[int, str]] = zip(wanted.tolist(), keys, strict=True)
-    window: deque[Future[np.ndarray | Bad]] = deque()
+    ahead = zip(wanted.tolist(), keys, strict=True)
+    batches = iter(
+        lambda: [Item(key, partial(samples.source, row)) for row, key in itertools.islice(ahead, batch_size)], []
+    )
     done = 0
-    with ThreadPoolExecutor(workers, thread_name_prefix="opsin-decode") as pool:
-        try:
-            while done < len(wanted):
-                for row, key in itertools.islice(ahead, 2 * batch_size - len(window)):
-                    window.append(pool.submit(load, row, key))
-                batch = [window.popleft().result() for _ in range(min(batch_size, len(window)))]
-                good = [done + i for i, item in enumerate(batch) if not isinstance(item, Bad)]
-                pixels = [item for item in batch if not isinstance(item, Bad)]
-                sound = np.ones(len(good), bool)
-                for embed in (False, True):
-                    if not (features if embed else logits) or not good:
-                        continue
-                    output = classifier.forward(pixels, embed=embed).numpy()
-                    if embed not in parts:
-                        parts[embed] = np.full((len(wanted), output.shape[1]), np.nan, np.float32)
-                    parts[embed][good] = output
-                    sound &= np.isfinite(output).all(1)
-                ok[good] = sound
-                for i, item in enumerate(batch, done):
-                    if isinstance(item, Bad):
-                        errors.append(item)
-                    elif not ok[i]:
-                        message = f"{keys[i]}: the model's output for it is not finite."
-                        errors.append(Bad(keys[i], "not_finite", message))
-                        for part in parts.values():
-                            part[i] = np.nan
-                done += len(batch)
-                if on_batch is not None:
-                    on_batch(done, len(wanted))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    with closing(classifier.load_batches(batches)) as loaded:
+        for batch in loaded:
+            good = [done + i for i, item in enumerate(batch) if item.error is None]
+            pixels = [item.pixels for item in batch if item.error is None]
+            sound = np.ones(len(good), bool)
+            for embed in (False, True):
+                if not (features if embed else logits) or not good:
+                    continue
+                output = classifier.forward(pixels, embed=embed).numpy()
+                if embed not in parts:
+                    parts[embed] = np.full((len(wanted), output.shape[1]), np.nan, np.float32)
+                parts[embed][good] = output
+                sound &= np.isfinite(output).all(1)
+            ok[good] = sound
+            for i, item in enumerate(batch, done):
+                if item.error is not None:
+                    errors.append(Bad(item.name, item.error.kind, str(item.error)))
+                elif not ok[i]:
+                    message = f"{item.name}: the model's output for it is not finite."
+                    errors.append(Bad(item.name, "not_finite", message))
+                    for part in parts.values():
+                        part[i] = np.nan
+            done += len(batch)
+            if on_batch is not None:
+                on_batch(done, len(wanted))
     widths = {False: len(classifier.labels or ()) if logits else 0, True: classifier.feature_dim if features else 0}
     for embed, width in widths.items():
         parts.setdefault(embed, np.full((len(wanted), width), np.nan, np.float32))

@@ -27,17 +27,19 @@ from opsin import checkpoints, hierarchy
 from opsin import engine as engines
 from opsin import unknown as detectors
 from opsin.checkpoints import Checkpoint
+from opsin.data.archives import Item
 from opsin.device import cache_folder, exact_fp32, find_device, has_bf16, has_int8
 from opsin.errors import CheckpointError, ImageError, ImageTooLarge, ModelError, NoHead
 from opsin.labels import Labels
 from opsin.labels import top_k as top_k_labels
 from opsin.models.perceiver_io import FlowPerceiver, MultimodalPerceiver, TextPerceiver
-from opsin.preprocess import MAX_PIXELS, Decode, ImageSource
+from opsin.preprocess import MAX_PIXELS, Decode, ImageSource, download
 
 DEFAULT_MODEL = "opsin/vit-tiny"
 Record = dict[str, Any]
 DTYPES = ("auto", "fp32", "bf16", "int8", "fp16", "fp8")
 ENGINES = ("auto", "torch", "openvino")
+READERS = 16  # images that are on their way from servers at once
 
 OPTIMISE = "`opsin optimize` makes a folder that has them; `--budget` finds what is fast and close enough on images."
 
@@ -114,10 +116,10 @@ def load(
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    """One input after decode and resize: pixels (H, W, 3) uint8 or an error."""
+class Loaded:
+    """One input after decode and resize: pixels as `PreprocessConfig.load` gives them, or an error."""
 
-    path: str
+    name: str
     pixels: np.ndarray = field(default_factory=lambda: np.empty(0))
     size: tuple[int, int] = (0, 0)  # (width, height) of the upright original
     error: ImageError | None = None
@@ -341,9 +343,28 @@ class Classifier:
             NoHead: labels are asked of a checkpoint without a classifier.
             ModelError: nothing tells what is unknown to this model, or its classes have no kinds.
         """
-        for name, value in (("batch_size", batch_size), ("top_k", top_k)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        named = (Item(_name(image, place), image) for place, image in enumerate(images))
+        batches = iter(lambda: list(itertools.islice(named, batch_size)), [])
+        return _flat(self.stream_batches(batches, top_k=top_k, embed=embed, unknown=unknown, kind=kind))
+
+    def stream_batches(
+        self,
+        batches: Iterable[Sequence[Item]],
+        *,
+        top_k: int = 5,
+        embed: bool = False,
+        unknown: float | None = None,
+        kind: float | None = None,
+    ) -> Generator[list[Record]]:
+        """`stream`, for a caller that says which images are computed together and what they are called.
+
+        What is not an answer is equal to the bit for equal batches: the sums of a product may depend on its size.
+        Arguments and errors are those of `stream`. An empty batch gives an empty list.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}; it must be at least 1.")
         if embed and (unknown is not None or kind is not None):
             raise ValueError("unknown and kind are of labels; with embed there are none.")
         if not embed:
@@ -358,55 +379,82 @@ class Classifier:
                 raise ModelError(f"{self.source.name}: {error}") from error
         answers = partial(self._answers, top_k=top_k, embed=embed, unknown=unknown, kind=kind)
         function = self._features if embed else self._logits if unknown is None else self._logits_and_features
-        return self._stream(enumerate(images), batch_size, function, answers)
+        return self._stream(batches, function, answers)
 
     def _stream(
         self,
-        source: Iterator[tuple[int, ImageSource]],
-        batch_size: int,
+        batches: Iterable[Sequence[Item]],
         function: Callable[[Tensor], Tensor],
         answers: Callable[[Tensor], Iterator[Record]],
-    ) -> Generator[Record]:
-        # On a CPU the model wants every core: what is decoded meanwhile slows both, by a quarter in all. So a batch is
-        # decoded by all threads, then run by all; only downloads, which wait, go on beside the model.
-        beside = self.device.type != "cpu"
-        window: deque[Future[_Loaded] | tuple[int, ImageSource]] = deque()
-        with ThreadPoolExecutor(max_workers=torch.get_num_threads(), thread_name_prefix="opsin-decode") as pool:
-            try:
-                while True:
-                    # one batch in the model's hands, one on its way meanwhile
-                    for index, image in itertools.islice(source, 2 * batch_size - len(window)):
-                        early = beside or _is_url(image)
-                        window.append(pool.submit(self._load, index, image) if early else (index, image))
-                    if not window:
-                        return
-                    items = [window.popleft() for _ in range(min(batch_size, len(window)))]
-                    futures = [item if isinstance(item, Future) else pool.submit(self._load, *item) for item in items]
-                    for item in itertools.islice(window, batch_size):
-                        if not isinstance(item, Future):
-                            _read_ahead(item[1])
-                    batch = [future.result() for future in futures]
-                    yield from self._records(batch, function, answers)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+    ) -> Generator[list[Record]]:
+        with contextlib.closing(self.load_batches(batches)) as loaded:
+            for batch in loaded:
+                yield list(self._records(batch, function, answers))
 
-    def _load(self, index: int, image: ImageSource) -> _Loaded:
-        path = os.fspath(image) if isinstance(image, str | os.PathLike) else f"image[{index}]"
+    def load_batches(self, batches: Iterable[Sequence[Item]]) -> Generator[list[Loaded]]:
+        """Items → pixels, batch by batch, in order; what cannot be read is a `Loaded` with an error.
+
+        The next batch is on its way while the caller has one: read by threads of its own, from a server or a disk; on
+        a CPU decoded only when it is its turn, by all cores, since the model wants them too: what is decoded meanwhile
+        slows both, by a quarter in all.
+        """
+        beside = self.device.type != "cpu"
+        source = iter(batches)
+        with (
+            ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="opsin-decode") as decoders,
+            ThreadPoolExecutor(READERS, thread_name_prefix="opsin-read") as readers,
+        ):
+
+            def send(items: Sequence[Item]) -> list[Any]:
+                """Each with its bytes on their way, or all of it."""
+                fetches = map(_fetch, items)
+                sent = [
+                    (item.name, readers.submit(fetch) if fetch else item.source)
+                    for item, fetch in zip(items, fetches, strict=True)
+                ]
+                return [decoders.submit(self._load, *item) for item in sent] if beside else sent
+
+            ahead: deque[list[Any]] = deque()
+            try:
+                for items in source:
+                    ahead.append(send(items))
+                    if len(ahead) == 2:
+                        yield self._decoded(ahead.popleft(), decoders, ahead[0])
+                while ahead:
+                    yield self._decoded(ahead.popleft(), decoders, [])
+            finally:
+                for pool in (decoders, readers):
+                    pool.shutdown(wait=True, cancel_futures=True)
+
+    def _decoded(self, batch: list[Any], decoders: ThreadPoolExecutor, following: list[Any]) -> list[Loaded]:
+        futures = [item if isinstance(item, Future) else decoders.submit(self._load, *item) for item in batch]
+        for item in following:
+            if not isinstance(item, Future):
+                _read_ahead(item[1])
+        return [future.result() for future in futures]
+
+    def _load(self, name: str, source: Any) -> Loaded:
         start = time.perf_counter()
         try:
-            pixels, size = self._pixels(image)
+            if isinstance(source, Future):
+                source = source.result()
+            if isinstance(source, ImageError):
+                raise source
+            pixels, size = self._pixels(source, name)
         except ImageError as error:
-            return _Loaded(path, error=error)
+            return Loaded(name, error=error)
         except MemoryError:
-            return _Loaded(path, error=ImageTooLarge(f"{path}: not enough memory to resize it."))
-        return _Loaded(path, pixels, size, ms=(time.perf_counter() - start) * 1e3)
+            return Loaded(name, error=ImageTooLarge(f"{name}: not enough memory to resize it."))
+        return Loaded(name, pixels, size, ms=(time.perf_counter() - start) * 1e3)
 
-    def _pixels(self, image: ImageSource) -> tuple[np.ndarray, tuple[int, int]]:
-        return self.preprocess.load(image, max_pixels=self.max_pixels, decode=self.decode, exact_resize=self._exact)
+    def _pixels(self, image: ImageSource, name: str | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+        return self.preprocess.load(
+            image, name=name, max_pixels=self.max_pixels, decode=self.decode, exact_resize=self._exact
+        )
 
     def _records(
         self,
-        batch: list[_Loaded],
+        batch: list[Loaded],
         function: Callable[[Tensor], Tensor],
         answers: Callable[[Tensor], Iterator[Record]],
     ) -> Iterator[Record]:
@@ -423,14 +471,14 @@ class Classifier:
         for item in batch:
             if item.error is not None:
                 error = {"type": item.error.kind, "message": str(item.error)}
-                yield {"path": item.path, "ok": False, "error": error}
+                yield {"path": item.name, "ok": False, "error": error}
             elif id(item) not in found:
-                error = {"type": "not_finite", "message": f"{item.path}: the model's output for it is not finite."}
-                yield {"path": item.path, "ok": False, "error": error}
+                error = {"type": "not_finite", "message": f"{item.name}: the model's output for it is not finite."}
+                yield {"path": item.name, "ok": False, "error": error}
             else:
                 width, height = item.size
                 facts = {"width": width, "height": height, "ms": round(item.ms + share, 2)}
-                yield {"path": item.path, "ok": True, **found[id(item)], **facts}
+                yield {"path": item.name, "ok": True, **found[id(item)], **facts}
 
     def _answers(
         self, output: Tensor, *, top_k: int, embed: bool, unknown: float | None, kind: float | None
@@ -496,11 +544,24 @@ class Classifier:
         return self.labels
 
 
-def _is_url(image: ImageSource) -> bool:
-    return isinstance(image, str) and image.lower().startswith(("http://", "https://"))
+def _name(image: ImageSource, place: int) -> str:
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else f"image[{place}]"
 
 
-def _read_ahead(image: ImageSource) -> None:
+def _fetch(item: Item) -> Callable[[], bytes | str] | None:
+    """What gets the bytes of an item that waits for them; None where they are here."""
+    if isinstance(item.source, str) and item.source.lower().startswith(("http://", "https://")):
+        return partial(download, item.source)
+    return item.source if callable(item.source) else None
+
+
+def _flat(batches: Generator[list[Record]]) -> Generator[Record]:
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield from batch
+
+
+def _read_ahead(image: Any) -> None:
     """Ask the system to have a file in memory by the time that it is decoded; what is wrong with it is found then."""
     if isinstance(image, str | os.PathLike) and hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError, ValueError):

@@ -18,6 +18,7 @@ import re
 import stat
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -167,8 +168,8 @@ class _Jpeg(NamedTuple):
 _Plan = Callable[[tuple[int, int]], tuple[str, int] | None]
 
 
-def _decode(source: ImageSource, max_pixels: int, plan: _Plan | None) -> Image.Image | _Jpeg:
-    """`decode`; with a `plan`, a JPEG in a file that libjpeg-turbo takes is a _Jpeg instead."""
+def _decode(source: ImageSource, max_pixels: int, plan: _Plan | None, name: str | None = None) -> Image.Image | _Jpeg:
+    """`decode`; with a `plan`, a JPEG in a file that libjpeg-turbo takes is a _Jpeg instead. `name`: of bytes."""
     if isinstance(source, Image.Image):
         return _from_pillow(source, max_pixels)
     if isinstance(source, np.ndarray):
@@ -180,9 +181,9 @@ def _decode(source: ImageSource, max_pixels: int, plan: _Plan | None) -> Image.I
             raise NotAnImage(f"the tensor cannot be read as an image: {error}. Give (C, H, W), torch.uint8.") from error
         return _from_array(np.moveaxis(array, 0, -1) if array.ndim == 3 else array, "C, H, W", max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_stream(io.BytesIO(source), f"image of {len(source)} bytes", max_pixels, plan)
+        return _from_stream(io.BytesIO(source), name or f"image of {len(source)} bytes", max_pixels, plan)
     if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        return _from_stream(io.BytesIO(_download(source)), source, max_pixels, plan)
+        return _from_stream(io.BytesIO(download(source)), source, max_pixels, plan)
     if isinstance(source, str | os.PathLike):
         return _from_path(os.fsdecode(source), max_pixels, plan)
     raise NotAnImage(
@@ -411,7 +412,12 @@ def heic_reader(name: str) -> type[ImageFile.ImageFile]:
     return HeifImageFile
 
 
-def _download(url: str) -> bytes:
+def download(url: str) -> bytes:
+    """The bytes behind an http(s) URL, within limits of size and time.
+
+    Raises:
+        ImageNotFound, ImageTooLarge, ImageUnreadable: with the URL and the reason.
+    """
     deadline = time.monotonic() + DOWNLOAD_SECONDS
     data = bytearray()
     try:
@@ -429,6 +435,10 @@ def _download(url: str) -> bytes:
                     raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} seconds")
         if len(data) < promised:
             raise ConnectionError(f"it ended after {len(data):,} of {promised:,} bytes")
+    except urllib.error.HTTPError as error:
+        error.close()
+        kind = ImageNotFound if error.code in (404, 410) else ImageUnreadable
+        raise kind(f"{url}: the download failed: {error}.") from error
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         raise ImageUnreadable(f"{url}: the download failed: {error or type(error).__name__}.") from error
     return bytes(data)
@@ -556,6 +566,7 @@ class PreprocessConfig:
         self,
         source: ImageSource,
         *,
+        name: str | None = None,
         max_pixels: int = MAX_PIXELS,
         decode: Decode = "exact",
         exact_resize: bool = False,
@@ -568,6 +579,7 @@ class PreprocessConfig:
 
         Args:
             source, max_pixels: as for `decode`.
+            name: of an image that is bytes, in errors.
             decode: "fast" reads a large JPEG at a half, a quarter or the like, at least twice as large as what the
                 resize makes of it; `drift` measures what that costs. Without antialiasing, which would then see another
                 picture, with a filter that only picks pixels, and for other formats it is "exact".
@@ -578,7 +590,8 @@ class PreprocessConfig:
         """
         if decode not in ("exact", "fast"):
             raise ValueError(f'decode is "{decode}". Known: exact, fast.')
-        found = _decode(source, max_pixels, partial(self._plan, fast=decode == "fast", exact_resize=exact_resize))
+        plan = partial(self._plan, fast=decode == "fast", exact_resize=exact_resize)
+        found = _decode(source, max_pixels, plan, name)
         if isinstance(found, Image.Image):
             return self.resize(found), found.size
         return np.ascontiguousarray(self._resize_jpeg(found)), found.size

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from opsin.errors import MissingExtra
 Record = dict[str, Any]
 Write = Callable[[Record], None]
 FORMATS = (".jsonl", ".csv", ".parquet")
+STORES = ("float32", "float16", "int8")  # what the numbers of an embedding are kept in
+UNTIMED = ("width", "height")
+TIMED = (*UNTIMED, "ms")
 ROW_GROUP = 4096  # records per Parquet row group; what a writer holds in memory
 
 
@@ -48,7 +51,7 @@ def writer(path: Path, *, run: Record) -> Iterator[Write]:
     temporary = Path(name)
     try:
         stopped: KeyboardInterrupt | None = None
-        with {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix](temporary, run) as write:
+        with WRITERS[path.suffix](temporary, run, TIMED) as write:
             try:
                 yield write
             except KeyboardInterrupt as interrupt:
@@ -65,6 +68,18 @@ def writer(path: Path, *, run: Record) -> Iterator[Write]:
         temporary.unlink(missing_ok=True)
 
 
+def write_part(path: Path, run: Record, records: Iterable[Record]) -> None:
+    """One part of a bulk run, in the form that `run["format"]` names; times are left out, since no two runs share them.
+
+    Raises:
+        MissingExtra: Parquet without pyarrow.
+        OSError: it cannot be written.
+    """
+    with WRITERS[f".{run['format']}"](path, run, UNTIMED) as write:
+        for record in records:
+            write(record)
+
+
 def check_format(path: Path) -> None:
     """Raise before any work is done if `path` could not be written."""
     if path.suffix not in FORMATS:
@@ -77,15 +92,23 @@ def check_format(path: Path) -> None:
 
 
 @contextmanager
-def _jsonl(path: Path, run: Record) -> Iterator[Write]:
+def _jsonl(path: Path, run: Record, facts: Sequence[str]) -> Iterator[Write]:
+    encode = _encoder(run)
+    dropped = set(TIMED) - set(facts)
+
+    def write(record: Record) -> None:
+        print(json_line({key: value for key, value in encode(record).items() if key not in dropped}), file=file)
+
     with path.open("w", encoding="utf-8", buffering=1) as file:  # a line at a time
-        yield lambda record: print(json_line(record), file=file)
+        yield write
 
 
 @contextmanager
-def _csv(path: Path, run: Record) -> Iterator[Write]:
-    tail = ["width", "height", "ms", "error_type", "error_message"]
+def _csv(path: Path, run: Record, facts: Sequence[str]) -> Iterator[Write]:
+    encode = _encoder(run)
+    tail = [*facts, "error_type", "error_message"]
     head = ["path", "ok"] + (["embedding"] if run["task"] == "embed" else ["label", "index", "score", "topk"])
+    head += ["scale"] if run.get("store") == "int8" else []
     head += ["known", "known_score"] if "unknown" in run else []
     head += ["kind"] if "kind" in run else []
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -93,7 +116,7 @@ def _csv(path: Path, run: Record) -> Iterator[Write]:
         rows.writeheader()
 
         def write(record: Record) -> None:
-            row = _flat(record)
+            row = _flat(encode(record))
             for key in ("topk", "embedding", "kind"):
                 if row.get(key) is not None:
                     row[key] = json_line(row[key])
@@ -102,18 +125,42 @@ def _csv(path: Path, run: Record) -> Iterator[Write]:
         yield write
 
 
+def _encoder(run: Record) -> Callable[[Record], Record]:
+    """Embeddings as `run` wants them stored: "normalize"d or not, and in "store": float32, float16 or int8."""
+    store, normalize = run.get("store", "float32"), run.get("normalize", False)
+    if run["task"] != "embed" or (store == "float32" and not normalize):
+        return lambda record: record
+
+    def encode(record: Record) -> Record:
+        if not record["ok"]:
+            return record
+        vector = np.asarray(record["embedding"], np.float32)
+        if normalize:
+            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        if store != "int8":
+            return record | {"embedding": vector.astype(store)}
+        scale = float(np.abs(vector).max()) / 127 or 1.0
+        return record | {"embedding": np.rint(vector / scale).astype(np.int8), "scale": scale}
+
+    return encode
+
+
 def _flat(record: Record) -> Record:
     error = record.get("error") or {}
     return {**record, "error_type": error.get("type"), "error_message": error.get("message")}
 
 
 @contextmanager
-def _parquet(path: Path, run: Record) -> Iterator[Write]:
+def _parquet(path: Path, run: Record, facts: Sequence[str]) -> Iterator[Write]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    encode = _encoder(run)
     if run["task"] == "embed":
-        answer = [("embedding", pa.list_(pa.float32(), run["embedding_dim"]))]
+        store = run.get("store", "float32")
+        number = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}[store]
+        answer = [("embedding", pa.list_(number, run["embedding_dim"]))]
+        answer += [("scale", pa.float32())] if store == "int8" else []
     else:
         best = pa.struct([("label", pa.string()), ("score", pa.float32()), ("index", pa.int32())])
         answer = [("label", pa.string()), ("index", pa.int32()), ("score", pa.float32()), ("topk", pa.list_(best))]
@@ -127,9 +174,7 @@ def _parquet(path: Path, run: Record) -> Iterator[Write]:
             ("path", pa.string()),
             ("ok", pa.bool_()),
             *answer,
-            ("width", pa.int32()),
-            ("height", pa.int32()),
-            ("ms", pa.float32()),
+            *((name, pa.float32() if name == "ms" else pa.int32()) for name in facts),
             ("error_type", pa.string()),
             ("error_message", pa.string()),
         ],
@@ -145,7 +190,7 @@ def _parquet(path: Path, run: Record) -> Iterator[Write]:
             file.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
         def write(record: Record) -> None:
-            row = _flat(record)
+            row = _flat(encode(record))
             for key in ("path", "error_message"):  # Parquet text is UTF-8; a file name need not be
                 if row[key] is not None:
                     row[key] = row[key].encode("utf-8", "backslashreplace").decode()
@@ -156,3 +201,6 @@ def _parquet(path: Path, run: Record) -> Iterator[Write]:
         yield write
         if held:
             flush()
+
+
+WRITERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

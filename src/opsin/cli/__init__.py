@@ -16,6 +16,8 @@ from opsin import __version__
 from opsin.cli.bench import bench
 from opsin.cli.explain import explain
 from opsin.cli.export import export
+from opsin.cli.folder import OPTIONS as FOLDER_OPTIONS
+from opsin.cli.folder import check_no_folder, folder_options, is_folder, write_folder
 from opsin.cli.output import (
     ALL_GOOD,
     DEFAULT_MODEL,
@@ -38,6 +40,7 @@ from opsin.cli.output import (
     stdin_paths,
     stdin_texts,
 )
+from opsin.cli.search import search
 from opsin.cli.speed import RATE, autopilot, optimize, say_drift, speed_options
 from opsin.cli.training import doctor, evaluate_command, train
 from opsin.cli.verify import compare, verify
@@ -60,6 +63,8 @@ def main() -> None:
     opsin classify photo.jpg holiday/ 'more/*.png' --top-k 5
     find . -name '*.jpg' | opsin classify - > labels.jsonl
     opsin embed holiday/ --out features.parquet
+    opsin classify photos/ --out labels/ --resume
+    opsin search features/ --like cat.jpg --html result.html
     opsin fill-mask "some words are[MASK:8]."
     opsin flow frame1.png frame2.png --out flow.png
     opsin autoencode clip.mp4 --out rebuilt.mp4
@@ -85,8 +90,10 @@ def image_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME",
                      help="Hub id, folder, .safetensors/.npz/.pth/.pystate file, or a name of `opsin models`."),
         click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub."),
-        click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-                     help="Write a .jsonl, .csv or .parquet file instead of standard output."),
+        click.option("--out", type=click.Path(path_type=Path), metavar="PATH",
+                     help="Write a .jsonl, .csv or .parquet file instead of standard output; or a folder of parts, for "
+                     "any number of images."),
+        folder_options,
         click.option("--batch-size", type=click.IntRange(1), show_default="32, or what --budget measures"),
         speed_options,
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
@@ -125,6 +132,9 @@ def classify(paths: tuple[str, ...], top_k: int, **options: Any) -> None:
 
 @main.command(short_help="Turn images into feature vectors.")
 @image_options
+@click.option("--normalize", is_flag=True, help="Of length 1, as cosine similarity wants them.")
+@click.option("--store", type=click.Choice(["float32", "float16", "int8"]), default=None, show_default="float32",
+              help="What the numbers are kept in; int8 with a scale for each vector.")  # fmt: skip
 def embed(paths: tuple[str, ...], **options: Any) -> None:
     """Turn images into feature vectors, for search, clustering or a classifier of your own."""
     run(paths, task="embed", top_k=1, lang="en", **options)
@@ -385,10 +395,16 @@ def run(
     """`classify` and `embed`: inputs → records → terminal, pipe or file, then the exit code."""
     from opsin.data.files import find_images
     from opsin.errors import MissingExtra, ModelError, NoHead
-    from opsin.results import json_line, writer
+    from opsin.results import check_format, json_line, writer
 
-    if out is not None:
-        check_out(out, "opsin.results")
+    in_folder = {name: options.pop(name) for name in FOLDER_OPTIONS}
+    stored = {name: value for name in ("store", "normalize") if (value := options.pop(name, None))}
+    if out is not None and is_folder(out):
+        check_format(Path(f"part.{in_folder['format'] or 'parquet'}"))
+    else:
+        check_no_folder(in_folder)
+        if out is not None:
+            check_out(out, "opsin.results")
     if paths.count("-") and len(paths) > 1:
         raise click.UsageError("- reads every path from standard input; give it alone.")
 
@@ -399,11 +415,6 @@ def run(
         if budget is not None:  # tries all, and begins with the reference
             options |= {"engine": "torch", "dtype": "fp32"}
         classifier = load_model(task, lang=lang, **options)
-        images: Iterable[str]
-        if paths == ("-",):
-            images, total = stdin_paths(), None
-        else:
-            images, total = find_images(paths), sum(1 for _ in find_images(paths))
         if paths != ("-",) and options["decode"] == "fast":
             say_drift(classifier, list(find_images(paths)))
         agreed = {}
@@ -420,19 +431,27 @@ def run(
             chosen = autopilot(classifier, some, budget, engine=engine, dtype=dtype)
             batch_size = batch_size or chosen.batch_size
             agreed = {"budget": budget, "agreed": chosen.agreed, "agreed_of": chosen.images}
-        batch_size = batch_size or 32
-        records = classifier.stream(
-            images, batch_size=batch_size, top_k=top_k, embed=task == "embed", unknown=unknown, kind=kind
-        )
         if unknown is not None:
             say_cost(classifier.unknown, unknown)
+        batch_size = batch_size or 32
+        asked = {name: value for name, value in (("unknown", unknown), ("kind", kind)) if value is not None}
+        answers: dict[str, Any] = {"top_k": top_k, "embed": task == "embed", **asked}
+        made_by = describe(classifier, task=task) | agreed | asked | stored
+        if out is not None and is_folder(out):
+            facts = {"batch_size": batch_size, "top_k": top_k, "lang": lang}
+            write_folder(classifier, paths, out, made_by | facts, **in_folder, **answers)
+        images: Iterable[str]
+        if paths == ("-",):
+            images, total = stdin_paths(), None
+        else:
+            images, total = find_images(paths), sum(1 for _ in find_images(paths))
+        records = classifier.stream(images, batch_size=batch_size, **answers)
     except (ModelError, NoHead, MissingExtra) as error:
         fail(error)
     try:
         with ExitStack() as stack:
             if out is not None:
-                asked = {name: value for name, value in (("unknown", unknown), ("kind", kind)) if value is not None}
-                write = stack.enter_context(writer(out, run=describe(classifier, task=task) | agreed | asked))
+                write = stack.enter_context(writer(out, run=made_by))
             elif sys.stdout.isatty():
                 write = show_found
             else:
@@ -501,5 +520,5 @@ def describe(classifier: "Classifier", *, task: str) -> dict[str, Any]:
     }
 
 
-for command in (train, evaluate_command, doctor, explain, compare, verify, export, bench, optimize):
+for command in (train, evaluate_command, doctor, search, explain, compare, verify, export, bench, optimize):
     main.add_command(command)

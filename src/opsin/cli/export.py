@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from opsin.cli.output import DEFAULT_MODEL, answering, fail, load_model, parts
+from opsin.cli.output import DEFAULT_MODEL, NOT_WRITTEN, answering, fail, load_model, parts, say
 
 if TYPE_CHECKING:
     from opsin.export import Exported
@@ -64,7 +64,10 @@ def export(
             )
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint=_option(str(error))) from None
-    except (ModelError, MissingExtra, exports.ExportError) as error:
+    except exports.ExportError as error:
+        say(str(error))
+        sys.exit(NOT_WRITTEN)
+    except (ModelError, MissingExtra) as error:
         fail(error)
     if sys.stdout.isatty():
         for line in rows(done):

@@ -96,7 +96,7 @@ def load_model(command: str, *, model: str, max_pixels: int | None = None, **opt
     task, commands = TASKS[type(loaded).__name__]
     if command not in commands:
         raise ModelError(f"{model} {task}; {', '.join(f'`opsin {name}`' for name in commands)} can use it.")
-    if model == DEFAULT_MODEL:
+    if model == DEFAULT_MODEL and command in ("classify", "explain"):
         from opsin.checkpoints.catalog import CATALOG
 
         score = CATALOG[DEFAULT_MODEL].score

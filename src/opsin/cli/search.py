@@ -96,7 +96,7 @@ def search(
                     groups = found.duplicates(duplicates, index=index, on_rows=advance)
                 records = engine.members(found, groups)
                 columns = ("group", "similarity", "path", "row")
-                title = f"{len(groups):,} groups of near-duplicates in {features}"
+                title = f"{_count(len(groups), 'group')} of near-duplicates in {features}"
             else:
                 classifier = _model(found, model, device)
                 query = engine.like(classifier, photos) if photos else _prototype(classifier, label or "")
@@ -123,19 +123,24 @@ def search(
         say(str(error))
         sys.exit(SOME_FAILED)
     if duplicates is not None:
-        say(f"{len(groups):,} groups, {len(records) - len(groups):,} images are nearly the same as another")
+        say(f"{_count(len(groups), 'group')}; {_count(len(records) - len(groups), 'image')} beside the first of each")
 
 
 def _model(found: "Features", model: str | None, device: str) -> "Classifier":
     """That which made the features, from where they say or from `model`."""
-    from opsin.errors import DataError
+    from opsin.errors import DataError, ModelError
     from opsin.search import check_model
 
     made_by = found.manifest
     if "model" not in made_by:
         raise DataError(f"{found.path} does not say which model made it, so nothing can be compared with it.")
     options = {"model": model} if model else {"model": made_by["model"], "revision": made_by.get("revision")}
-    classifier: Classifier = load_model("embed", device=device, decode=made_by.get("decode", "exact"), **options)
+    try:
+        classifier: Classifier = load_model("embed", device=device, decode=made_by.get("decode", "exact"), **options)
+    except ModelError as error:
+        if model:
+            raise
+        raise ModelError(f"{error} It made the features: if it is elsewhere now, say where with --model.") from error
     check_model(found, classifier)
     return classifier
 
@@ -151,6 +156,10 @@ def _prototype(classifier: "Classifier", label: str) -> Any:
         return prototype(classifier, find_class(classifier.labels, label))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--label") from None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _blocks(records: list[dict[str, Any]], photos: tuple[str, ...], duplicates: float | None) -> "list[Block]":

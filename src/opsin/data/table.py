@@ -10,6 +10,7 @@ folder of images, or in its `train/` and `val/`, as the hub has it.
 """
 
 import csv
+import itertools
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -220,17 +221,50 @@ def _read(path: str, header: Sequence[str], columns: Sequence[str]) -> dict[str,
         return cells
     places = [(cells[name], header.index(name)) for name in columns]
     shared: dict[str, str] = {}  # a class is one text, not one a row
-    rows = _csv_rows(path)
-    next(rows)
-    for number, row in enumerate(rows, 1):
+    for row in _csv_cells(path, header):
+        for column, place in places:
+            column.append(shared.setdefault(row[place], row[place]) if len(row[place]) < 80 else row[place])
+    return cells
+
+
+def read_paths(path: str) -> Iterator[str]:
+    """What a table says in its column of paths, row by row, as it stands there; "" where it says nothing.
+
+    Raises:
+        DataError: the table cannot be read, or has no such column.
+        MissingExtra: pyarrow is needed for Parquet.
+    """
+    header = _header(path)
+    column = _columns(header, path)[0]
+    suffix = Path(path).suffix.lower()
+    cells: Iterator[Any]
+    if suffix == ".parquet":
+        cells = _parquet_cells(path, column)
+    elif suffix == ".jsonl":
+        cells = (record.get(column) for record in _json_rows(path))
+    else:
+        place = header.index(column)
+        cells = (row[place] for row in _csv_cells(path, header))
+    for cell in cells:
+        yield cell.strip() if isinstance(cell, str) else ""
+
+
+def _parquet_cells(path: str, column: str) -> Iterator[Any]:
+    with _arrow(path, lambda pq: pq.ParquetFile(path)) as file:
+        batches = file.iter_batches(columns=[column], use_threads=False)
+        while (batch := _arrow(path, lambda _: next(batches, None))) is not None:
+            yield from batch.column(0).to_pylist()
+
+
+def _csv_cells(path: str, header: Sequence[str]) -> Iterator[list[str]]:
+    """The rows below the header, all as long as it."""
+    for number, row in enumerate(itertools.islice(_csv_rows(path), 1, None), 1):
         if len(row) != len(header):
             raise DataError(
                 f"{path}: row {number} has {len(row)} cells, the header {len(header)}. Put cells that contain the "
                 "separator into quotes."
             )
-        for column, place in places:
-            column.append(shared.setdefault(row[place], row[place]) if len(row[place]) < 80 else row[place])
-    return cells
+        yield row
 
 
 def _csv_rows(path: str) -> Iterator[list[str]]:
@@ -259,6 +293,19 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}, line {number}: {error}. Right is one JSON object a line.") from error
 
 
+def require_pyarrow() -> ModuleType:
+    """pyarrow.parquet.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingExtra("pyarrow", "parquet") from error
+    return cast(ModuleType, pq)
+
+
 def _arrow(path: str, read: Callable[[ModuleType], Any]) -> Any:
     """What `read` gives, which is called with pyarrow.parquet.
 
@@ -266,11 +313,9 @@ def _arrow(path: str, read: Callable[[ModuleType], Any]) -> Any:
         MissingExtra: pyarrow is not installed.
         DataError: pyarrow cannot read the file.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingExtra("pyarrow", "parquet") from error
+    pq = require_pyarrow()
+    import pyarrow as pa
+
     try:
         return read(pq)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -282,7 +327,7 @@ def _arrow(path: str, read: Callable[[ModuleType], Any]) -> Any:
 
 def has_image_bytes(path: str) -> bool:
     """Whether a Parquet file has a column of images themselves, not of their paths."""
-    return _image_column(_arrow(path, lambda pq: pq.read_schema(path))) is not None
+    return image_column(_arrow(path, lambda pq: pq.read_schema(path))) is not None
 
 
 def parquet_files(folder: Path) -> list[str]:
@@ -311,10 +356,10 @@ def open_parquet(paths: Sequence[str], split: str | None = None) -> "Parquet":
         file = _arrow(path, lambda pq, path=path: pq.ParquetFile(path))  # type: ignore[misc]
         with file:
             schema = file.schema_arrow
-            image_column, class_column = _image_column(schema), _class_column(schema)
-            if image_column is None or class_column is None:
+            images, class_column = image_column(schema), _class_column(schema)
+            if images is None or class_column is None:
                 raise DataError(
-                    f"{path} has no column of {'images' if image_column is None else 'classes'}: looked for image "
+                    f"{path} has no column of {'images' if images is None else 'classes'}: looked for image "
                     f"bytes and for {', '.join(CLASSES)}; there are {enumerated(list(schema.names))}. Give the columns "
                     "such names."
                 )
@@ -322,8 +367,8 @@ def open_parquet(paths: Sequence[str], split: str | None = None) -> "Parquet":
             if i and found != class_names:
                 raise DataError(f"{path} names other classes than {kept[0]}. Take files of one data set.")
             class_names = found
-            columns.append(image_column)
-            _check_groups(file.metadata, image_column, path)
+            columns.append(images)
+            _check_groups(file.metadata, images, path)
             groups += [(i, g, file.metadata.row_group(g).num_rows) for g in range(file.metadata.num_row_groups)]
             column = _arrow(path, lambda _, file=file, name=class_column: file.read([name], use_threads=False))  # type: ignore[misc]
             classes += column.column(class_column).to_pylist()
@@ -347,7 +392,8 @@ def _features(schema: Any) -> dict[str, Any]:
         return {}
 
 
-def _image_column(schema: Any) -> str | None:
+def image_column(schema: Any) -> str | None:
+    """The column of a Parquet file that has the bytes of images, plain or as {bytes, path}; None: there is none."""
     import pyarrow as pa
 
     def has_bytes(kind: Any) -> bool:
@@ -438,20 +484,31 @@ class Parquet(Samples):
         cells = _row_group(self.files[file], self.columns[file], group, name)
         if row >= len(cells):
             raise ImageCorrupt(f"{name}: its row group has {len(cells)} rows. The file has changed; open it again.")
-        cell = cells[row]
-        path = None
-        if hasattr(cell, "keys"):  # struct {bytes, path}
-            path = cell["path"].as_py() if cell.is_valid and "path" in cell else None
-            cell = cell["bytes"] if cell.is_valid else None
-        if cell is not None and cell.is_valid:
-            check_size(cell.as_buffer().size, name)
-            return bytes(cell.as_buffer())
-        if not isinstance(path, str) or "://" in path:
-            raise ImageUnreadable(f"{name}: the cell holds no bytes{f', and the address {path}' if path else ''}.")
-        return str(Path(self.files[file].path).parent / path)
+        image = in_cell(cells[row], name)
+        return image if isinstance(image, bytes) else str(Path(self.files[file].path).parent / image)
 
     def identity(self) -> str:
         return digest([*(file.version for file in self.files), self.columns, self.groups.tolist()])
+
+
+def in_cell(cell: Any, name: str) -> bytes | str:
+    """The image in a cell of `image_column`: its bytes, else a path that is relative to the table.
+
+    Args:
+        name: of the image, for errors.
+    Raises:
+        ImageError: neither, or too many bytes.
+    """
+    path = None
+    if hasattr(cell, "keys"):  # struct {bytes, path}
+        path = cell["path"].as_py() if cell.is_valid and "path" in cell else None
+        cell = cell["bytes"] if cell.is_valid else None
+    if cell is not None and cell.is_valid:
+        check_size(cell.as_buffer().size, name)
+        return bytes(cell.as_buffer())
+    if not isinstance(path, str) or "://" in path:
+        raise ImageUnreadable(f"{name}: the cell holds no bytes{f', and the address {path}' if path else ''}.")
+    return path
 
 
 _groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()  # of this process, least recently used first

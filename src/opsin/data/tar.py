@@ -55,8 +55,8 @@ _MAX_SHARDS = 1_000_000
 _DOWNLOADS = 8  # at once
 _DOWNLOAD_SECONDS = 60  # without a byte
 # what file systems say of a file's content, each in its own words
-_VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "blob_id", "md5Hash", "generation")
-_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, OSError, zlib.error)
+VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "created", "blob_id", "md5Hash", "generation")
+_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, OSError, RecursionError, zlib.error)
 
 
 # ── members of a tar file ────────────────────────────────────────────────────────────────────────────────────────────
@@ -78,30 +78,49 @@ class Index:
     classes: list[Any]
 
 
+def walk(file: IO[bytes], start: int, stop: int, *, end_mark: bool = False) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """The members of a tar file that lies in `file` from `start` to `stop`, with the offsets of their bytes in `file`.
+
+    Args:
+        file: is read forward, but for one block at the end.
+        end_mark: the zeros that end a tar file have to be there; without them nobody knows whether it was cut.
+    Raises:
+        one of those that `tarfile` raises: it is no tar file, or is damaged.
+    """
+    if stop - start < _BLOCK_BYTES:
+        raise tarfile.ReadError("not even one header")
+    file.seek(start)
+    with tarfile.TarFile(fileobj=file) as tar:
+        member = tar.next()
+        while member is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all
+            if member.size < 0:
+                raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+            plain = member.isreg() and not member.issparse()
+            if plain and member.offset_data + member.size > stop:
+                raise tarfile.ReadError(f"{member.name} is to end at byte {member.offset_data + member.size:,}")
+            yield member, member.offset_data
+            member = tar.next() if tar.offset < stop else None  # not into what follows in `file`
+        end = tar.offset
+    # tarfile takes a damaged header for the end; the true end is zeros, or nothing
+    file.seek(end)
+    block = file.read(min(_BLOCK_BYTES, max(stop - end, 0)))
+    if any(block):
+        raise tarfile.ReadError(f"the header at byte {end:,} is damaged")
+    if end_mark and len(block) < _BLOCK_BYTES:
+        raise tarfile.ReadError(f"it ends at byte {end + len(block):,} without the zeros that end a tar file")
+
+
 def _members(path: str, file: IO[bytes], start: int, stop: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The plain files of a tar file that lies in `file` from `start` to `stop`, with their offsets in `file`.
+    """The plain files of a tar file, as `walk` has them.
 
     Raises:
         DataError: it is no tar file, is compressed, or is damaged.
     """
     try:
-        if stop - start < _BLOCK_BYTES:
-            raise tarfile.ReadError("not even one header")
-        file.seek(start)
-        with tarfile.TarFile(fileobj=file) as tar:
-            member = tar.next()
-            while member is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all
-                if member.offset_data + member.size > stop:
-                    raise tarfile.ReadError(f"{member.name} is to end at byte {member.offset_data + member.size:,}")
-                if member.isreg() and not member.issparse():
-                    yield member, member.offset_data
-                member = tar.next() if tar.offset < stop else None  # not into what follows in `file`
-            end = tar.offset
-        # tarfile takes a damaged header for the end; the true end is zeros, or nothing
-        file.seek(end)
-        if any(file.read(min(_BLOCK_BYTES, max(stop - end, 0)))):
-            raise tarfile.ReadError(f"the header at byte {end:,} is damaged")
+        for member, offset in walk(file, start, stop):
+            if member.isreg() and not member.issparse():
+                yield member, offset
     except _TAR_ERRORS as error:
         file.seek(start)
         packed = file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
@@ -260,7 +279,7 @@ def _class_in(data: bytes, kind: str) -> Any:
 def _class_names(first_shard: str) -> list[str] | None:
     """The lines of `classes.txt` beside a shard; None where there is none."""
     place = f"{first_shard.rpartition('/')[0]}/{CLASSES_FILE}" if "/" in first_shard else CLASSES_FILE
-    if _is_url(place):
+    if is_url(place):
         try:
             path = Path(_fetch(place).path)
         except FileNotFoundError:
@@ -302,10 +321,18 @@ def expand(pattern: str) -> list[str]:
     Raises:
         DataError: no file, no match, or too many.
     """
-    shards = list(itertools.islice(_ranges(pattern), _MAX_SHARDS + 1))
-    if len(shards) > _MAX_SHARDS:
+    return [path for shard in ranges(pattern) for path in _matches(shard)]
+
+
+def ranges(pattern: str) -> Iterator[str]:
+    """A pattern with each of its ranges and lists in braces written out; without any, itself.
+
+    Raises:
+        DataError: too many.
+    """
+    if sum(1 for _ in itertools.islice(_ranges(pattern), _MAX_SHARDS + 1)) > _MAX_SHARDS:
         raise DataError(f"{pattern} stands for more than {_MAX_SHARDS:,} shards. Give a shorter range.")
-    return [path for shard in shards for path in _matches(shard)]
+    return _ranges(pattern)
 
 
 def _ranges(pattern: str) -> Iterator[str]:
@@ -323,15 +350,18 @@ def _ranges(pattern: str) -> Iterator[str]:
         yield from _ranges(pattern[: found.start()] + item + pattern[found.end() :])
 
 
-def _is_url(path: str) -> bool:
-    return "://" in path
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_url(path: str) -> bool:
+    return _URL.match(path) is not None
 
 
 def _matches(shard: str) -> list[str]:
-    if _is_url(shard):
+    if is_url(shard):
         if not glob.has_magic(shard) or shard.startswith(("http://", "https://")):  # there "?" begins a query
             return [shard]
-        found = _remote(shard, lambda fs, path: [fs.unstrip_protocol(match) for match in fs.glob(path)])
+        found = remote(shard, lambda fs, path: [fs.unstrip_protocol(match) for match in fs.glob(path)])
     elif Path(shard).is_file():
         return [shard]
     else:
@@ -352,7 +382,7 @@ def _local(shards: Sequence[str]) -> list[Archive]:
 
 
 def _local_one(shard: str) -> Archive:
-    if not _is_url(shard):
+    if not is_url(shard):
         return Archive.at(shard)
     try:
         return _fetch(shard)
@@ -360,13 +390,16 @@ def _local_one(shard: str) -> Archive:
         raise DataError(f"{shard} does not exist. Check the address, or the range of numbers.") from error
 
 
-def _remote(url: str, act: Callable[[Any, str], Any]) -> Any:
-    """`act(file system, path in it)`, of which everything that goes wrong becomes a DataError."""
+def remote(url: str, act: Callable[[Any, str], Any]) -> Any:
+    """`act(file system, path in it)`, of which everything that goes wrong becomes a DataError, but FileNotFoundError.
+
+    File systems keep no listings: those of millions of files would not fit.
+    """
     import fsspec  # type: ignore[import-untyped]
 
     scheme = url.partition("://")[0]
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
         return act(fs, path)
     except FileNotFoundError:
         raise
@@ -395,9 +428,9 @@ def _fetch(url: str) -> Archive:
     """
     if url.startswith(("http://", "https://")):
         return _fetch_http(url)
-    info = _remote(url, lambda fs, path: fs.info(path))
-    state = [str(info.get(kind)) for kind in _VERSIONS]
-    return _keep(url, info.get("size"), state, lambda part: _remote(url, lambda fs, path: fs.get_file(path, str(part))))
+    info = remote(url, lambda fs, path: fs.info(path))
+    state = [str(info.get(kind)) for kind in VERSIONS]
+    return _keep(url, info.get("size"), state, lambda part: remote(url, lambda fs, path: fs.get_file(path, str(part))))
 
 
 def _fetch_http(url: str) -> Archive:

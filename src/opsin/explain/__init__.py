@@ -7,6 +7,7 @@ place.py      grid of tokens ↔ pixels ↔ original
 figures.py    attention distance, position similarity, patch filters
 text.py       the bytes that a gap was filled from
 pictures.py   all of these as pictures
+report.py     and as one HTML page
 """
 
 from opsin.explain.figures import attention_distance, filters, position_similarity

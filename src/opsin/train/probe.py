@@ -80,7 +80,7 @@ def extract(
         return found
     predictions = evaluate.predict(
         classifier, samples, wanted, logits=False, features=True, batch_size=batch_size,
-        workers=torch.get_num_threads(), on_batch=on_batch,
+        on_batch=on_batch,
     )  # fmt: skip
     features = Features(predictions.features, predictions.ok, predictions.errors)
     if path is not None:
