@@ -19,14 +19,17 @@ from opsin.checkpoints.catalog import CATALOG, shape
 from opsin.errors import TrainError
 from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.vit import ViT, ViTConfig
+from opsin.models.vt import VT, VTConfig
 from opsin.preprocess import PreprocessConfig
 from opsin.recipes import NAMES, RECIPES, recipe, summaries
 from opsin.train.config import TrainConfig, from_dict, to_dict
+from opsin.train.plan import forward_flops
 
 FOLDER = Path(recipes.__file__).parent
 FAMILIES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "shapes"))
 SCRATCH = [name for name in NAMES if recipe(name).model is not None]
-OURS = {"photos", "lora", "linear_probe", "few_shot", "vit_tiny", "perceiver_tiny"}  # of no paper
+TINY = ("vit_tiny", "perceiver_tiny", "vt_r18_tiny", "resnet18_tiny")
+OURS = {"photos", "lora", "linear_probe", "few_shot", *TINY}  # of no paper
 HEADER = re.compile(r"^    recipe +(.+)$", re.MULTILINE)
 
 PEAK, SHARE = 989e12, 0.4  # H100, dense bf16; the docstrings' assumption
@@ -46,8 +49,9 @@ def row(name: str) -> dict[str, float]:
 
 
 def params(config: TrainConfig) -> int:
+    kinds: dict[type, Any] = {ViTConfig: ViT, VTConfig: VT, ImagePerceiverConfig: ImagePerceiver}
     with torch.device("meta"):
-        model = ViT(config.model) if isinstance(config.model, ViTConfig) else ImagePerceiver(config.model)  # type: ignore[arg-type]
+        model = kinds[type(config.model)](config.model)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -132,6 +136,7 @@ GMAC = {  # spec: of a forward pass at 224 pixels, with 1000 classes
     ("large", 32): 15.38, ("large", 16): 61.55,
 }  # fmt: skip
 LARGE_384 = 191.07
+VT_GMAC = {"vt_r18": 1.546, "vt_r34": 3.239, "resnet18": 1.814, "resnet34": 3.664}  # tests/models/test_vt.py
 PERCEIVER_GFLOP = {"conv": 369.4, "pixels": 406.1, "conv1x1": 478.0}
 SIZE = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 
@@ -142,6 +147,8 @@ def gmac(config: TrainConfig) -> float:
         return LARGE_384 if config.image_size == 384 else GMAC["large", 16]
     if isinstance(model, ImagePerceiverConfig):
         return PERCEIVER_GFLOP[model.front_end] / 2
+    if isinstance(model, VTConfig):
+        return VT_GMAC[f"vt_r{model.depth}" if model.num_modules else f"resnet{model.depth}"]
     dim = model.embed_dim
     head = (model.num_classes - 1000) * dim + model.pre_logits * dim**2
     if model.distillation_token:  # a token and a head more
@@ -177,6 +184,17 @@ def test_cost_of_the_small_vit() -> None:
     assert row("vit_tiny")["petaFLOP"] == pytest.approx(6 * macs * config.steps * config.batch_size / 1e15, rel=5e-3)
 
 
+@pytest.mark.parametrize("name", ["vt_r18_tiny", "resnet18_tiny"])
+def test_cost_of_the_small_vt_and_resnet(name: str) -> None:
+    config = recipe(name)
+    assert isinstance(config.model, VTConfig)
+    assert config.steps
+    left = 1 - sum(phase.share for phase in config.phases)
+    parts = [*((phase.share, phase.image_size) for phase in config.phases), (left, 64)]
+    flops = sum(share * forward_flops(VT(config.model), (side, side)) for share, side in parts)
+    assert row(name)["petaFLOP"] == pytest.approx(3 * flops * config.steps * config.batch_size / 1e15, rel=5e-3)
+
+
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 HIDDEN = {768: 590_592, 1024: 1_049_600}  # a hidden layer in the head, D² + D
@@ -194,6 +212,9 @@ PARAMS = {  # published, or published plus what stands beside it
     "deit_ti16_distilled": 5_910_800, "deit_s16_distilled": 22_436_432, "deit_b16_distilled": 87_338_192,
     "perceiver_conv_in1k": 48_646_522, "perceiver_fourier_in1k": 48_440_627, "perceiver_learned_in1k": 62_255_848,
     "vit_tiny": 5_646_024, "perceiver_tiny": 5_929_740,
+    "vt_r18_in1k": 10_421_953, "vt_r34_in1k": 19_841_105,
+    "resnet18_in1k": 11_689_512, "resnet34_in1k": 21_797_672,
+    "vt_r18_tiny": 2_596_665, "resnet18_tiny": 2_846_440,
 }  # fmt: skip
 
 
@@ -230,6 +251,14 @@ def test_perceivers_are_the_published_ones_by_deepminds_numerics() -> None:
 def test_the_small_models_are_the_embedded_ones() -> None:
     assert recipe("vit_tiny").model == shape("opsin/vit-tiny")
     assert recipe("perceiver_tiny").model == shape("opsin/perceiver-tiny")
+
+
+@pytest.mark.parametrize("names", [("vt_r18_tiny", "resnet18_tiny"), ("vt_r34_in1k", "resnet34_in1k")])
+def test_a_vt_and_its_resnet_differ_in_the_modules_alone(names: tuple[str, str]) -> None:
+    vt, resnet = map(recipe, names)
+    assert isinstance(vt.model, VTConfig)
+    assert vt.model.num_modules > 0
+    assert dataclasses.replace(vt, model=dataclasses.replace(vt.model, num_modules=0)) == resnet
 
 
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -281,6 +310,12 @@ SMALL = {
     "batch_size": 256, "optimizer": "muon", "muon_lr": 3e-3, "lr": 2e-3, "betas": (0.9, 0.99), "weight_decay": 0.05,
     "warmup_steps": 200, "ema_decay": 0.995, "min_crop_area": 0.35, "label_smoothing": 0.1, "clip_norm": 1.0,
 }  # fmt: skip
+VT_1K = {  # Wu et al. 2020, default recipe: 4e-5 in the gradient, under momentum 0.9
+    "batch_size": 256, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 4e-4, "epochs": 90,
+    "decay_all": True, "schedule": "step", "warmup_steps": 0, "clip_norm": None, "min_crop_area": 0.08,
+    "label_smoothing": 0.0, "rand_augment": None, "mixup": 0.0, "ema_decay": None, "num_images": 1_281_167,
+}  # fmt: skip
+VT_SMALL = {"batch_size": 256, "optimizer": "sgd", "schedule": "cosine", "min_crop_area": 0.35, "label_smoothing": 0.1}
 PHOTOS = {
     "init": "opsin/vit-tiny", "optimizer": "adamw", "batch_size": 64, "epochs": 15, "label_smoothing": 0.1,
     "min_crop_area": 0.25, "weight_decay": 0.05, "ema_decay": 0.98, "precision": "bf16", "rand_augment": (2, 9),
@@ -326,6 +361,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("deit_ti16_distilled", "deit_s16_distilled", "deit_b16_distilled"), DISTILLED),
     "vit_tiny": SMALL | {"steps": 4500, "sincos_positions": True},
     "perceiver_tiny": SMALL | {"steps": 2500, "sincos_positions": False},
+    **dict.fromkeys(("vt_r18_in1k", "vt_r34_in1k", "resnet18_in1k", "resnet34_in1k"), VT_1K),
+    **dict.fromkeys(("vt_r18_tiny", "resnet18_tiny"), VT_SMALL),
 }
 
 
@@ -383,6 +420,7 @@ PUBLISHED = {
     "perceiver_conv_in1k": 82.1, "perceiver_fourier_in1k": 79.0, "perceiver_learned_in1k": 72.7,
     "deit_ti16": 72.2, "deit_s16": 79.9, "deit_b16": 81.8,
     "deit_ti16_distilled": 74.5, "deit_s16_distilled": 81.2, "deit_b16_distilled": 83.4,
+    "vt_r18_in1k": 72.0, "vt_r34_in1k": 74.8, "resnet18_in1k": 69.9, "resnet34_in1k": 73.3,
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from opsin.checkpoints import timm as timm_names
 from opsin.device import has_bf16, has_int8
 from opsin.errors import CheckpointError, DataError, ImageError, MissingExtra, ModelError, NoHead
 from opsin.models.vit import ViT
+from opsin.models.vt import VT
 from opsin.pipeline import Classifier, load
 from opsin.preprocess import ImageSource, decode
 
@@ -594,6 +595,8 @@ def _make(work: _Work, name: str, precision: str) -> Net | str:
         return "this CPU does not multiply int8 (it lacks AVX512-VNNI)"
     if precision == "int8" and not work.calibration_file.exists():
         return "int8 needs images to take its ranges from"
+    if precision == "int8" and name == "opsin" and isinstance(work.model, VT):
+        return "a VT has no transformer layers to run in int8"
     if name == PLAIN:
         return work.model
     if name == "opsin":

@@ -28,6 +28,7 @@
     ├── DataError               a labelled set that cannot be read, divided or matched with a model's classes
     ├── TrainError              a run that cannot begin, go on or be resumed
     ├── BulkError               a folder of results that cannot be begun or gone on with
+    ├── ExportError             a format that cannot hold a model, or a file that does not compute what the model does
     ├── NoHead                  labels were asked of a model that has none
     └── MissingExtra            an optional package is not installed
 
@@ -151,6 +152,10 @@ class TrainError(OpsinError):
 
 class BulkError(OpsinError):
     """A run over many images cannot begin, go on or end as it was asked to."""
+
+
+class ExportError(OpsinError):
+    """A model that a format cannot hold, or a file that does not compute what the model does."""
 
 
 class NoHead(OpsinError):

@@ -484,8 +484,8 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray, multi_label: bool =
 @torch.no_grad()
 def calibrate(model: nn.Module, temperature: float) -> None:
     """Divide a classifier's logits by a temperature, in the weights of its heads, so that it is in every form of it."""
-    heads = [model.decoder.out] if isinstance(model, ImagePerceiver) else [model.head, model.head_dist]
-    for head in heads:
+    two = [model.decoder.out] if isinstance(model, ImagePerceiver) else [model.head, getattr(model, "head_dist", None)]
+    for head in two:
         if isinstance(head, nn.Linear):
             head.weight.div_(temperature)
             head.bias.div_(temperature)

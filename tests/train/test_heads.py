@@ -11,6 +11,7 @@ from opsin.labels import Labels
 from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.position import FourierPositions, PosResize
 from opsin.models.vit import ViT, ViTConfig
+from opsin.models.vt import VT, VTConfig
 from opsin.preprocess import PreprocessConfig
 from opsin.train import heads
 from opsin.train.heads import head_of, preprocess_for
@@ -24,6 +25,10 @@ CONFIG = ViTConfig(
 PERCEIVER = ImagePerceiverConfig(
     image_size=(20, 28), num_latents=6, latent_dim=16, num_blocks=2, layers_per_block=2, num_heads=4, num_bands=3,
     max_resolution=(5, 7), num_classes=5,
+)  # fmt: skip
+VISUAL = VTConfig(
+    image_size=(24, 40), width=4, small_stem=True, map_dim=6, token_dim=12, num_tokens=3, num_heads=3, num_groups=2,
+    position_size=3, num_classes=5,
 )  # fmt: skip
 PERCEIVERS = {
     "conv": PERCEIVER,
@@ -42,8 +47,9 @@ VITS = {
 }
 
 
-def noise(config: ViTConfig | ImagePerceiverConfig, seed: int = 0) -> Any:
-    model: nn.Module = ViT(config) if isinstance(config, ViTConfig) else ImagePerceiver(config)
+def noise(config: ViTConfig | VTConfig | ImagePerceiverConfig, seed: int = 0) -> Any:
+    kinds: dict[type, Any] = {ViTConfig: ViT, VTConfig: VT, ImagePerceiverConfig: ImagePerceiver}
+    model: nn.Module = kinds[type(config)](config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -70,8 +76,10 @@ def equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool((ours - theirs).abs().max() <= 1e-6 * theirs.abs().max())
 
 
-@pytest.mark.parametrize("config", VITS.values(), ids=VITS)
-def test_a_vit_keeps_its_features_and_gets_a_head_of_zeros(config: ViTConfig) -> None:
+@pytest.mark.parametrize(
+    "config", [*VITS.values(), VISUAL, replace(VISUAL, num_modules=0, image_size=(32, 40))], ids=str
+)
+def test_the_features_are_kept_under_a_head_of_zeros(config: ViTConfig | VTConfig) -> None:
     old = noise(config)
     model, reused = new_head(old, OLD, OTHER, bias=-3.0)
     x = pixels(*config.image_size)
@@ -112,9 +120,11 @@ def test_the_pre_logits_layer_goes_with_the_head() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [CONFIG, VITS["deit"], VITS["dinov2"], replace(CONFIG, pre_logits=True), *PERCEIVERS.values()], ids=str
+    "config",
+    [CONFIG, VITS["deit"], VITS["dinov2"], replace(CONFIG, pre_logits=True), VISUAL, *PERCEIVERS.values()],
+    ids=str,
 )
-def test_rows_are_reused_by_class(config: ViTConfig | ImagePerceiverConfig) -> None:
+def test_rows_are_reused_by_class(config: ViTConfig | VTConfig | ImagePerceiverConfig) -> None:
     old = noise(config)
     model, reused = new_head(old, OLD, NEW, bias=-3.0)
     x = pixels(*config.image_size)
@@ -160,8 +170,8 @@ def test_a_body_without_a_head() -> None:
     assert perceiver(pixels(20, 28)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("config", [CONFIG, PERCEIVER], ids=["vit", "perceiver"])
-def test_the_old_model_is_left_alone(config: ViTConfig | ImagePerceiverConfig) -> None:
+@pytest.mark.parametrize("config", [CONFIG, VISUAL, PERCEIVER], ids=["vit", "vt", "perceiver"])
+def test_the_old_model_is_left_alone(config: ViTConfig | VTConfig | ImagePerceiverConfig) -> None:
     old = noise(config)
     before = {name: tensor.clone() for name, tensor in old.state_dict().items()}
     model, _ = new_head(old, OLD, NEW)
@@ -192,11 +202,16 @@ def test_what_does_not_fit_is_said() -> None:
         ValueError, match="dropout_rate is 0.1 and drop_path_rate 0.0; a Perceiver has neither, so set 0."
     ):
         new_head(noise(PERCEIVER), OLD, NEW, dropout_rate=0.1)
+    with pytest.raises(ValueError, match="dropout_rate is 0.0 and drop_path_rate 0.2; a VT has neither, so set 0."):
+        new_head(noise(VISUAL), OLD, NEW, drop_path_rate=0.2)
 
 
 def test_head_of() -> None:
     deit = noise(replace(CONFIG, distillation_token=True, pre_logits=True))
     assert head_of(deit) == [deit.pre_logits, deit.head, deit.head_dist]
+    vt = noise(VISUAL)
+    assert head_of(vt) == [vt.head]
+    assert head_of(noise(replace(VISUAL, num_classes=0))) == []
     perceiver = noise(PERCEIVER)
     assert head_of(perceiver) == [perceiver.decoder]
     assert head_of(noise(replace(CONFIG, num_classes=0, pre_logits=True))) == []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from opsin.errors import TrainError
 from opsin.models.perceiver_io import FrontEnd, ImagePerceiver, ImagePerceiverConfig
 from opsin.models.vit import ViT, ViTConfig
+from opsin.models.vt import VT, VTConfig
 from opsin.train.config import OptimizerName, TrainConfig
 from opsin.train.lora import add_lora
 from opsin.train.optim import EMA, SGD, Lamb, lr_factor, make_optimizer, param_groups, set_lr, warmup_cosine
@@ -30,6 +31,10 @@ EVERYTHING = replace(  # every parameter that a ViT can have
 PERCEIVER = ImagePerceiverConfig(
     image_size=(24, 40), num_latents=3, latent_dim=10, num_blocks=4, layers_per_block=2, num_heads=2, embed_dim=6,
     num_bands=2, num_classes=5,
+)  # fmt: skip
+VISUAL = VTConfig(
+    image_size=(20, 28), depth=50, width=2, small_stem=True, num_modules=2, map_dim=6, token_dim=12, num_tokens=3,
+    num_heads=3, num_groups=2, position_size=3, num_classes=5,
 )  # fmt: skip
 CONFIG = TrainConfig(model=SMALL, steps=7, lr=0.02, weight_decay=0.3)
 
@@ -253,6 +258,21 @@ def test_learning_rates_fall_layer_by_layer() -> None:
         assert scale == expected, name
 
 
+def test_of_a_vt_norms_and_biases_are_not_decayed_and_the_resnet_is_in_front() -> None:
+    model = VT(VISUAL)
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    assert "stem.stages.1.0.conv3.weight" in matrices
+    assert "layers.0.tokenizer.value.weight" in matrices
+    rows = table(model, replace(CONFIG, layer_decay=0.5))
+    assert {name for name, (_, decay) in rows.items() if decay} == matrices
+    scales = {"stem": 0.125, "stem_proj": 0.125, "stem_norm": 0.125, "layers.0": 0.25, "layers.1": 0.5, "head": 1.0}
+    for name, (scale, _) in rows.items():
+        parts = name.split(".")
+        assert scale == scales[".".join(parts[:2]) if parts[0] == "layers" else parts[0]], name
+    rows = table(VT(replace(VISUAL, num_modules=0, image_size=(32, 40))), replace(CONFIG, layer_decay=0.5))
+    assert {name.split(".")[0]: scale for name, (scale, _) in rows.items()} == {"stem": 0.5, "head": 1.0}
+
+
 @pytest.mark.parametrize("front_end", ["conv", "pixels", "conv1x1"])
 def test_shared_layers_of_a_perceiver_count_once(front_end: FrontEnd) -> None:
     model = ImagePerceiver(replace(PERCEIVER, front_end=front_end))
@@ -462,6 +482,13 @@ def test_perceiver_is_flat_then_cosine() -> None:
     assert got[51:] == pytest.approx([0.5 * (1 + math.cos(math.pi * t / 52)) for t in range(53)], abs=1e-12)
     assert factors(10, schedule="flat_cosine", flat_share=1.0)[:10] == [1.0] * 10
     assert factors(10, schedule="flat_cosine", flat_share=0.0) == factors(10)
+
+
+def test_step_is_a_tenth_after_each_third() -> None:
+    got = factors(9, schedule="step", warmup_steps=2)
+    assert got[:9] == pytest.approx([0, 0.5, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
+    assert factors(90, schedule="step")[29:31] == pytest.approx([1, 0.1])
+    assert factors(90, schedule="step")[59:61] == pytest.approx([0.1, 0.01])
 
 
 def test_constant_only_warms_up() -> None:

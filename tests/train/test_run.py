@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import opsin
 from opsin import checkpoints
 from opsin.checkpoints import Checkpoint, Source
 from opsin.cli import main
+from opsin.errors import TrainError
 from opsin.labels import Labels
 from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.vit import ViT, ViTConfig
+from opsin.models.vt import VT, VTConfig
 from opsin.preprocess import PreprocessConfig
 from opsin.recipes import recipe
-from opsin.train.run import _fitted
+from opsin.train.config import Phase, TrainConfig
+from opsin.train.run import _fitted, build
 from train.conftest import NAMES
 
 FILES = {
@@ -137,6 +141,55 @@ def test_a_perceiver_is_probed_through_its_own_decoder_and_fine_tuned_with_a_new
     tuned: Any = opsin.load("runs/2").model
     assert not torch.allclose(tuned.decoder.positions.table, model.decoder.positions.table, atol=1e-3)
     assert torch.allclose(tuned.encoder.latents, model.encoder.latents, atol=1e-6)
+
+
+VISUAL = VTConfig(
+    image_size=(16, 16), width=4, small_stem=True, map_dim=6, token_dim=12, num_tokens=3, num_heads=3, num_groups=2,
+    position_size=3, num_classes=4,
+)  # fmt: skip
+
+
+def test_a_vt_is_probed_and_fine_tuned_but_not_by_lora(photo_folder: Path) -> None:
+    torch.manual_seed(0)
+    checkpoints.write(Path("vt"), VT(VISUAL).eval(), PreprocessConfig(size=(16, 16)), Labels(("a", "b", "c", "d")))
+    run("train", photo_folder, "--model", "vt")
+    probed: Any = opsin.load("runs/1").model
+    assert probed.config == replace(VISUAL, num_classes=3)
+    assert float(probed.head.weight.detach().abs().max()) > 0
+    short = ("--steps", 8, "--workers", 0, "--batch-size", 8)
+    said = json.loads(run("train", photo_folder, "--model", "vt", "--method", "finetune", *short).stdout)
+    assert said["run"] == "runs/2"
+    tuned, before = opsin.load("runs/2/last").model, opsin.load("vt").model
+    for name in (
+        "stem.norm.running_mean",
+        "layers.1.tokenizer.query.weight",
+    ):  # statistics are written too
+        assert not torch.equal(tuned.state_dict()[name], before.state_dict()[name])
+    stderr = run("train", photo_folder, "--model", "vt", "--method", "lora", *short, code=1).stderr
+    assert "LoRA is for matrices of attention; a VT is mostly convolutions. Use --method finetune." in stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dropout_rate": 0.1}, "a VT has no dropout and no stochastic depth: set both rates to 0."),
+        ({"drop_path_rate": 0.1}, "a VT has no dropout and no stochastic depth"),
+        ({"gradient_checkpointing": True}, "a VT is trained without gradient_checkpointing and keep_tokens"),
+        ({"phases": (Phase(share=0.5, image_size=16, keep_tokens=2),)}, "its tokens are few already"),
+    ],
+)
+def test_what_a_vt_cannot_be_trained_with(changes: dict[str, Any], message: str) -> None:
+    config = TrainConfig(method="pretrain", model=VISUAL, steps=2, **changes)
+    with pytest.raises(TrainError, match=message):
+        build(config, Labels(NAMES))
+
+
+def test_a_vt_begins_at_the_bias_that_is_asked_for() -> None:
+    built = build(TrainConfig(method="pretrain", model=VISUAL, steps=2, head_bias=-3.0), Labels(NAMES))
+    assert isinstance(built.model, VT)
+    with torch.no_grad():
+        assert torch.equal(built.model(torch.randn(2, 3, 16, 16)), torch.full((2, 3), -3.0))
+    assert built.preprocess.image_size == (16, 16)
 
 
 def test_another_image_size(photo_folder: Path, vit: str) -> None:

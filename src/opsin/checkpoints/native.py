@@ -18,6 +18,7 @@ from opsin.models.perceiver_io import (
     TextPerceiverConfig,
 )
 from opsin.models.vit import ViTConfig
+from opsin.models.vt import VTConfig
 from opsin.preprocess import PreprocessConfig
 
 C = TypeVar("C")
@@ -26,6 +27,7 @@ FORMAT = "opsin"
 VERSION = 1
 ARCHITECTURES: dict[str, type] = {
     "vit": ViTConfig,
+    "vt": VTConfig,
     "perceiver": ImagePerceiverConfig,
     "perceiver-text": TextPerceiverConfig,
     "perceiver-flow": FlowPerceiverConfig,

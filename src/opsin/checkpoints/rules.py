@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from opsin.checkpoints import files
 from opsin.errors import CheckpointError
 from opsin.models.perceiver_io import (
     FlowPerceiver,
@@ -21,12 +23,14 @@ from opsin.models.perceiver_io import (
 )
 from opsin.models.position import FourierPositions
 from opsin.models.vit import ViT, ViTConfig
+from opsin.models.vt import VT, VTConfig
 
 State = dict[str, Tensor]
 Names = str | tuple[str, ...]
 
 MODELS: dict[type, type[nn.Module]] = {  # config → the model it shapes
     ViTConfig: ViT,
+    VTConfig: VT,
     ImagePerceiverConfig: ImagePerceiver,
     TextPerceiverConfig: TextPerceiver,
     FlowPerceiverConfig: FlowPerceiver,
@@ -193,6 +197,14 @@ def invert(native: Mapping[str, Tensor], rules: Sequence[Rule], config: Any) -> 
     if nameless:
         raise CheckpointError(f"the format has no place for {_shorten(nameless)}.")
     return foreign
+
+
+def write_folder(folder: Path, contents: Mapping[str, Any]) -> list[Path]:
+    """Write .safetensors and .json files, the tensors first; each appears whole or not at all."""
+    for name, content in contents.items():
+        write = files.write_tensors if name.endswith(".safetensors") else files.write_json
+        write(folder / name, content)
+    return [folder / name for name in contents]
 
 
 def load(foreign: Mapping[str, Tensor], rules: Sequence[Rule], config: Any, where: str) -> Any:

@@ -53,7 +53,7 @@ def export(
     """
     from opsin import export as exports
     from opsin.data.files import find_images
-    from opsin.errors import MissingExtra, ModelError
+    from opsin.errors import ExportError, MissingExtra, ModelError
 
     try:
         classifier = load_model("classify", model=model, revision=revision, dtype="fp32", device="cpu")
@@ -64,7 +64,7 @@ def export(
             )
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint=_option(str(error))) from None
-    except exports.ExportError as error:
+    except ExportError as error:
         say(str(error))
         sys.exit(NOT_WRITTEN)
     except (ModelError, MissingExtra) as error:

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -214,18 +215,24 @@ def _quantised(model: nn.Module, image_size: tuple[int, int], calibration: Seque
     return graph
 
 
-def _quantise(graph: Any, calibration: Sequence[Tensor]) -> Any:
+def _quantise(graph: Any, calibration: Sequence[Tensor], leave: Sequence[str] = ()) -> Any:
     """NNCF's post-training quantisation, closer to fp32 than its defaults, at the same speed.
 
     The convolutions that read the pixels and what comes behind the features stay as they are, ranges are the smallest
     and largest value met, and SmoothQuant moves less into the weights: on the embedded model the logits' error falls
     by half. Images go one at a time: NNCF takes the statistics of a batch for those of one image.
+
+    Args:
+        leave: names of more modules of the model that stay as they are.
     """
     nncf = _import("nncf")
     images = [row[None].contiguous().numpy() for batch in calibration for row in batch]
     ignored = nncf.IgnoredScope(
         types=["Convolution"],
-        patterns=[r"__module\.model\.(head|head_dist|pre_logits|decoder\.out)/.*"],
+        patterns=[
+            r"__module\.model\.(head|head_dist|pre_logits|decoder\.out)/.*",
+            *(rf"__module\.model\.{re.escape(name)}/.*" for name in leave),
+        ],
         validate=False,  # a model may have neither
     )
     advanced = nncf.AdvancedQuantizationParameters(

@@ -21,6 +21,7 @@ from opsin.engine.pages import FilePages
 from opsin.models.layers import ACTIVATIONS, CrossAttentionLayer, TransformerLayer
 from opsin.models.perceiver_io import ImagePerceiver
 from opsin.models.vit import ViT
+from opsin.models.vt import VT
 
 Precision = Literal["fp32", "bf16", "int8"]
 
@@ -48,7 +49,7 @@ def pack(model: nn.Module, precision: Precision = "fp32", ranges: Ranges | None 
     """A twin of a model on the CPU: float32 pixels (B, C, H, W) → float32 logits; its methods are the model's.
 
     What is not packed, norms and positions, is shared with the model. Of weights mapped from a file, what is packed
-    leaves memory: the model reads it again if it is used.
+    leaves memory: the model reads it again if it is used. A VT in fp32 is the model itself.
 
     Args:
         model: plain, fp32.
@@ -62,6 +63,8 @@ def pack(model: nn.Module, precision: Precision = "fp32", ranges: Ranges | None 
         raise ValueError("int8 needs the ranges of the activations: ranges=calibrate(model, batches).")
     if precision == "int8" and not has_int8():
         raise ValueError('this CPU does not multiply int8 (it lacks AVX512-VNNI): take "fp32".')
+    if isinstance(model, VT):
+        return _pack_vt(model, _low(precision))
     pages = FilePages()
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo)
@@ -82,6 +85,17 @@ def pack(model: nn.Module, precision: Precision = "fp32", ranges: Ranges | None 
         cross = _CrossLayer(twin.encoder.cross, twin.encoder.latents, _low(precision))
         twin.encoder.cross = cross  # type: ignore[assignment]
     return twin.eval()
+
+
+def _pack_vt(model: VT, low: torch.dtype) -> nn.Module:
+    """Convolutions have no layout of their own here: in bf16 all but pooling and head is, in fp32 nothing changes."""
+    if low == torch.float32:
+        return model.eval()
+    twin = copy.deepcopy(model).eval().to(low)
+    twin.head = model.head
+    twin.stem.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(low),))
+    twin.pool = lambda tokens: VT.pool(twin, tokens.float())  # type: ignore[method-assign]
+    return twin
 
 
 def layer_with(layer: TransformerLayer, ranges: Mapping[str, Range]) -> nn.Module:

@@ -24,15 +24,16 @@ from torch import nn
 from opsin import __version__, checkpoints, engine
 from opsin.checkpoints.catalog import CATALOG
 from opsin.device import has_int8
-from opsin.errors import ImageError
+from opsin.errors import ExportError, ImageError
 from opsin.export.check import Comparison, Run, compare, photos, varied
-from opsin.export.pixels import ExportError, Pixels
+from opsin.export.pixels import Pixels
+from opsin.models.layers import TransformerLayer
 from opsin.models.perceiver_io import ImagePerceiver
 from opsin.models.vit import ViT
 from opsin.pipeline import Classifier
 from opsin.preprocess import ImageSource, decode
 
-__all__ = ["DTYPES", "FORMATS", "SUFFIXES", "Comparison", "ExportError", "Exported", "Pixels", "export"]
+__all__ = ["DTYPES", "FORMATS", "SUFFIXES", "Comparison", "Exported", "Pixels", "export"]
 
 DTYPES = {"onnx": ("fp32", "fp16", "int8"), "openvino": ("fp32", "fp16", "int8"), "torch": ("fp32", "fp16")}
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
@@ -43,7 +44,7 @@ NUM_IMAGES = 100  # at least, that a file is checked on
 MAX_IMAGES, MAX_CALIBRATION = 512, 128
 TOLERANCE = 0.01  # share of images whose best label may differ
 SAME = 1e-4  # of the largest logit: how far fp32's may be off, given the same pixels
-ATTEMPTS = (0, 2, 4)  # halves of layers, the noisiest, that ONNX Runtime's int8 leaves in fp32 besides, until it agrees
+ATTEMPTS = (0, 2, 4)  # halves of layers, the noisiest, that int8 leaves in fp32 besides, until it agrees
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ class Exported:
     to: str
     dtype: str
     bytes: int  # of all its files
-    left_out: tuple[str, ...]  # dense layers of transformer layers that int8 leaves in fp32 (onnx)
+    left_out: tuple[str, ...]  # dense layers that int8 leaves in fp32, besides those that it always does
     comparison: Comparison | None  # None of a format that holds weights alone
 
 
@@ -173,25 +174,38 @@ def _divide(images: Sequence[ImageSource], calibrated: bool) -> tuple[list[Image
 
 
 def _attempts(model: nn.Module, batches: list[torch.Tensor], to: str, dtype: str) -> Sequence[tuple[str, ...]]:
-    """Which dense layers of transformer layers stay in fp32: those that opsin's own int8 leaves, then more of them.
+    """Which dense layers stay in fp32: those that opsin's own int8 leaves, then more.
 
-    Only ONNX Runtime's int8 is told; NNCF chooses by itself.
+    For ONNX Runtime it is only about transformer layers: other dense layers are few, and never in int8. NNCF's choice
+    comes first for OpenVINO, then that of the others.
     """
+    outside = () if to == "onnx" else tuple(sorted(_linear(model) - _dense(model)))
+    first = [()] if to == "openvino" else []
     # the noise of int8 is measured by int8 products
-    if to != "onnx" or dtype != "int8" or not has_int8() or not engine.can_pack():
-        return [()]
+    if dtype != "int8" or not has_int8() or not engine.can_pack():
+        return first or [()]
     some = list(torch.cat(batches).split(32))
     ranges = engine.calibrate(model, some)
     parts = {"qkv": ("attn.q", "attn.k", "attn.v"), "out": ("attn.out",), "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)}
     noisy = [
         f"{layer}.{part}" for layer, sites in ranges.items() for site in parts.keys() - sites for part in parts[site]
     ]
-    attempts = []
+    attempts: list[tuple[str, ...]] = [*first]
     for count in ATTEMPTS:
         halves = engine.noisiest(model, ranges, some[0])[:count] if count else []
         more = [f"{layer}.{part}" for layer, half in halves for site in half for part in parts[site]]
-        attempts.append((*sorted(noisy), *more))
+        attempts.append((*outside, *noisy, *more))
     return attempts
+
+
+def _linear(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _dense(model: nn.Module) -> set[str]:
+    """Names of the dense layers of transformer layers: layers.0.attn.q, layers.0.mlp.fc1, …"""
+    layers = {name for name, module in model.named_modules() if isinstance(module, TransformerLayer)}
+    return {name for name in _linear(model) if name.rpartition(".")[0].rpartition(".")[0] in layers}
 
 
 def _write(
@@ -213,10 +227,10 @@ def _write(
     scores = None if not model.config.num_classes else "sigmoid" if labels and labels.multi_label else "softmax"
     metadata = _metadata(classifier, dtype)
     if to == "onnx":
-        onnx.write(path, model, pixels, dtype, scores, metadata, calibration, leave)
+        onnx.write(path, model, pixels, dtype, scores, metadata, calibration, _dense(model) - set(leave))
         return onnx.read(path)
     if to == "openvino":
-        openvino.write(path, model, pixels, dtype, scores, metadata, calibration)
+        openvino.write(path, model, pixels, dtype, scores, metadata, calibration, leave)
         return openvino.read(path)
     archive.write(path, model, pixels, dtype, scores, metadata)
     return archive.read(path, pixels)

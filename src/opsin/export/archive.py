@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from opsin.engine.openvino import _Outputs, _resized
-from opsin.export.pixels import ExportError, Pixels
+from opsin.errors import ExportError
+from opsin.export.pixels import Pixels
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 METADATA = "opsin.json"  # the archive's extra file

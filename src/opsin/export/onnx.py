@@ -15,7 +15,6 @@ from opsin.device import has_int8
 from opsin.errors import MissingExtra
 from opsin.export.archive import DYNAMIC, Network
 from opsin.export.pixels import Pixels
-from opsin.models.layers import TransformerLayer
 
 OPSET = 20  # the first with Gelu
 IR_VERSION = 10  # the oldest that has it: more runtimes read it
@@ -30,14 +29,14 @@ def write(
     scores: str | None,
     metadata: dict[str, str],
     calibration: Sequence[Tensor] = (),
-    leave: Sequence[str] = (),
+    dense: Set[str] = frozenset(),
 ) -> None:
     """
     Args:
         path: with weights above 2 GB they lie beside it, in a file of this name and ".data".
         scores: "softmax" or "sigmoid"; None of a model without a head.
         calibration: for int8, batches of pixels (B, 3, h, w).
-        leave: for int8, names of dense layers that stay in fp32.
+        dense: for int8, names of the dense layers that it is for.
     Raises:
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
     """
@@ -53,7 +52,7 @@ def write(
             warnings.simplefilter("ignore")  # numbers below fp16's smallest become it, or zero
             network = half.convert_float_to_float16(network, keep_io_types=True, disable_shape_infer=True)
     elif dtype == "int8":
-        network = _quantised(network, path.parent, calibration, _dense(model) - set(leave))
+        network = _quantised(network, path.parent, calibration, dense)
 
     merged = onnx.ModelProto(ir_version=IR_VERSION, producer_name="opsin", producer_version=metadata["opsin_version"])
     domains: dict[str, int] = {}
@@ -194,13 +193,6 @@ def _quantised(network: Any, folder: Path, calibration: Sequence[Tensor], dense:
         logger.setLevel(level)
         source.unlink()
         target.unlink(missing_ok=True)
-
-
-def _dense(model: nn.Module) -> set[str]:
-    """Names of the dense layers of transformer layers, as in opsin's own int8; the others are few, and cost more."""
-    names = {name for name, module in model.named_modules() if isinstance(module, TransformerLayer)}
-    dense = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return {name for name, _ in dense if name.rpartition(".")[0].rpartition(".")[0] in names}
 
 
 def _module(node: Any) -> str:

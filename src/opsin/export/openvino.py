@@ -26,12 +26,14 @@ def write(
     scores: str | None,
     metadata: dict[str, str],
     calibration: Sequence[Tensor] = (),
+    leave: Sequence[str] = (),
 ) -> None:
     """
     Args:
         path: the .xml; the weights go beside it, as .bin.
         scores: "softmax" or "sigmoid"; None of a model without a head.
         calibration: for int8, batches of pixels (B, 3, h, w).
+        leave: for int8, names of dense layers that stay in fp32, besides convolutions and the head.
     Raises:
         MissingExtra: openvino, or for int8 nncf, is not installed.
     """
@@ -40,7 +42,7 @@ def write(
     with engine._lock:
         network = engine._convert(model, pixels.image_size)
         if dtype == "int8":
-            network = engine._quantise(network, calibration)
+            network = engine._quantise(network, calibration, leave)
         elif dtype == "fp16":
             network = _halved(openvino, network)
         front = _converted(openvino, pixels)

@@ -17,15 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from opsin.errors import OpsinError
+from opsin.errors import ExportError
 from opsin.preprocess import PreprocessConfig, _divisor
 
 STEP = 2**22  # Pillow's weights are multiples of its inverse
 LONGEST = 32768  # pixels of a shorter edge up to which a crop's length is checked to be the exact one
-
-
-class ExportError(OpsinError):
-    """A model that a format cannot hold, or a file that does not compute what the model does."""
 
 
 class Axis(NamedTuple):
@@ -60,6 +56,9 @@ class Pixels(nn.Module):
         self.share = None if config.source_crop is None else [_share(value) for value in config.source_crop]
         # bytes are divided in float32 where that is exact, as `normalise` does
         self.divisor = _divisor(config) if config.antialias or config.resample == "bicubic" else None
+        # as a tensor: of a plain number ONNX's exporter keeps 24 bits
+        factor = None if config.rescale_factor is None else torch.tensor(config.rescale_factor, dtype=torch.float64)
+        self.register_buffer("factor", factor, persistent=False)
         for name in ("mean", "std"):
             values = getattr(config, name)
             table = None if values is None else torch.tensor(values, dtype=torch.float32).reshape(3, 1, 1)
@@ -137,14 +136,14 @@ class Pixels(nn.Module):
         lines = sum(x.index_select(3, columns[:, tap]).double() * w_across[:, tap] for tap in range(4))
         lines = lines.unflatten(2, (-1, 4))  # type: ignore[union-attr]
         values = sum(lines[:, :, :, tap] * w_down[:, tap, None] for tap in range(4))
-        return values.round().clamp(0, 255).float()  # type: ignore[union-attr]
+        return values.round().clamp(0, 255).float()
 
     def normalise(self, values: Tensor) -> Tensor:
         """0..255 → pixels, in the operations and precisions of `PreprocessConfig.normalise`."""
         if self.divisor is not None:
             values = values if self.divisor == 1 else values / self.divisor
-        elif self.config.rescale_factor is not None:
-            values = (values.double() * self.config.rescale_factor).float()
+        elif self.factor is not None:
+            values = (values.double() * self.factor).float()  # type: ignore[operator]
         return values if self.mean is None else (values - self.mean) / self.std  # type: ignore[operator]
 
 

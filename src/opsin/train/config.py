@@ -10,15 +10,19 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from opsin.models.perceiver_io import ImagePerceiverConfig
 from opsin.models.vit import ViTConfig
+from opsin.models.vt import VTConfig
 from opsin.preprocess import PreprocessConfig
 
 Method = Literal["pretrain", "finetune", "lora", "probe", "fewshot"]
 OptimizerName = Literal["sgd", "adam", "adamw", "lamb", "muon"]
-Schedule = Literal["cosine", "linear", "constant", "flat_cosine"]
+Schedule = Literal["cosine", "linear", "constant", "flat_cosine", "step"]
 Loss = Literal["softmax", "sigmoid"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Strategy = Literal["ddp", "fsdp"]
 CropBy = Literal["area", "side"]
+ModelConfig = ViTConfig | VTConfig | ImagePerceiverConfig
+
+SHAPES: dict[str, type[ModelConfig]] = {"vit": ViTConfig, "vt": VTConfig, "perceiver": ImagePerceiverConfig}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,7 @@ class TrainConfig:
     method: Method = "finetune"
     # ── model
     init: str | None = None  # a name that `opsin.load` takes; None: random weights, and `model` says the shape
-    model: ViTConfig | ImagePerceiverConfig | None = None  # None: the shape of `init`
+    model: ModelConfig | None = None  # None: the shape of `init`
     preprocess: PreprocessConfig | None = None  # of evaluation and of the trained model; None: that of `init`
     image_size: int | None = None  # pixels; None: the model's
     sincos_positions: bool = False  # learned positions begin as sine and cosine, times 0.1
@@ -156,7 +160,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     """As JSON has it; `from_dict` is the inverse. The model's shape says which kind it is."""
     data = dataclasses.asdict(config)
     if config.model is not None:
-        data["model"]["architecture"] = "vit" if isinstance(config.model, ViTConfig) else "perceiver"
+        data["model"]["architecture"] = next(name for name, kind in SHAPES.items() if type(config.model) is kind)
     return data
 
 
@@ -168,7 +172,7 @@ def from_dict(data: dict[str, Any]) -> TrainConfig:
     fields = dict(data)
     if (model := fields.get("model")) is not None:
         model = dict(model)
-        kind = {"vit": ViTConfig, "perceiver": ImagePerceiverConfig}[model.pop("architecture")]
+        kind = SHAPES[model.pop("architecture")]
         fields["model"] = kind(**{name: _tuple(value) for name, value in model.items()})
     if (preprocess := fields.get("preprocess")) is not None:
         fields["preprocess"] = PreprocessConfig.from_spec({n: _tuple(v) for n, v in preprocess.items()})

@@ -11,13 +11,14 @@ from opsin.models.perceiver import ClassificationDecoder
 from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.position import resize_pos_embed
 from opsin.models.vit import ViT, ViTConfig
+from opsin.models.vt import VT, VTConfig
 from opsin.preprocess import PreprocessConfig
 
 State = dict[str, Tensor]
 
 
 def new_head(
-    model: ViT | ImagePerceiver,
+    model: ViT | VT | ImagePerceiver,
     old_labels: Labels | None,
     labels: Labels,
     *,
@@ -26,7 +27,7 @@ def new_head(
     dropout_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     for_features: bool = False,
-) -> tuple[ViT | ImagePerceiver, int]:
+) -> tuple[ViT | VT | ImagePerceiver, int]:
     """A copy of a model that tells other classes apart.
 
     Where no class is among the old ones, the whole head is new: of a ViT one linear layer of zeros, in place of any
@@ -41,21 +42,22 @@ def new_head(
         bias: of new rows; −10 lets K sigmoids begin near zero.
         image_size: (H, W) pixels; None keeps the model's. A learned position table is resized once, by the method
             that the model's config names, so that the new model computes what the old one did at that size.
-        dropout_rate, drop_path_rate: of the new model; a Perceiver has neither.
+        dropout_rate, drop_path_rate: of the new model; only a ViT has them.
         for_features: a last linear layer of zeros for the features as they are: nothing is reused, a `pre_logits` is
             left out, and a Perceiver keeps its decoder, whose query reads the features.
     Returns:
         The new model, fp32, in evaluation mode, on the device of the old one; and how many rows were reused.
     Raises:
         ValueError: no classes, labels that do not fit the old head, a size that the model does not take, or dropout
-            asked of a Perceiver.
+            asked of what is no ViT.
     Source: Dosovitskiy et al. 2021, §3.2; Jaegle et al. 2021, Appendix A, and the model cards.
     """
     if not len(labels):
         raise ValueError("labels is empty; a head tells one class or more.")
-    if isinstance(model, ImagePerceiver) and (dropout_rate or drop_path_rate):
+    if not isinstance(model, ViT) and (dropout_rate or drop_path_rate):
+        kind = "VT" if isinstance(model, VT) else "Perceiver"
         raise ValueError(
-            f"dropout_rate is {dropout_rate} and drop_path_rate {drop_path_rate}; a Perceiver has neither, so set 0."
+            f"dropout_rate is {dropout_rate} and drop_path_rate {drop_path_rate}; a {kind} has neither, so set 0."
         )
     num_classes = model.config.num_classes
     if old_labels is not None and len(old_labels) != num_classes:
@@ -65,7 +67,7 @@ def new_head(
         rows = match(labels, old_labels)
     reused = len(rows) - rows.count(None)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    config: ViTConfig | ImagePerceiverConfig
+    config: ViTConfig | VTConfig | ImagePerceiverConfig
     if isinstance(model, ViT):
         config = replace(
             model.config,
@@ -87,6 +89,9 @@ def new_head(
         heads = ["head", "head_dist"] if config.distillation_token and config.distillation_head else ["head"]
         for head in heads:
             state |= _rows(state, head, rows, config.feature_dim, bias)
+    elif isinstance(model, VT):
+        config = replace(model.config, num_classes=len(labels), image_size=image_size or model.config.image_size)
+        state |= _rows(state, "head", rows, config.feature_dim, bias)
     else:
         config = replace(model.config, num_classes=len(labels), image_size=image_size or model.config.image_size)
         if config.front_end == "conv1x1":
@@ -115,13 +120,12 @@ def _rows(state: State, head: str, rows: list[int | None], dim: int, bias: float
     return {f"{head}.weight": weight, f"{head}.bias": biases}
 
 
-def head_of(model: ViT | ImagePerceiver) -> list[nn.Module]:
+def head_of(model: ViT | VT | ImagePerceiver) -> list[nn.Module]:
     """The modules that `new_head` may replace: those to train where the body is frozen. Empty without a head."""
     if isinstance(model, ImagePerceiver):
         return [model.decoder] if model.decoder.out is not None else []
-    if model.head is None:
-        return []
-    return [part for part in (model.pre_logits, model.head, model.head_dist) if part is not None]
+    parts = [model.head] if isinstance(model, VT) else [model.pre_logits, model.head, model.head_dist]
+    return [part for part in parts if part is not None] if model.head is not None else []
 
 
 def preprocess_for(preprocess: PreprocessConfig, image_size: tuple[int, int]) -> PreprocessConfig:

@@ -25,6 +25,7 @@ from opsin.data.samples import Samples
 from opsin.errors import TrainError
 from opsin.models.perceiver_io import ImagePerceiver
 from opsin.models.vit import ViT
+from opsin.models.vt import VT
 from opsin.preprocess import PreprocessConfig
 from opsin.train.augment import Augment, drop_tokens, erase, mix, soft_targets
 from opsin.train.config import TrainConfig
@@ -34,7 +35,7 @@ from opsin.train.process import Process, synchronising
 from opsin.train.state import StateFolder, restore, restore_optimizer
 from opsin.train.teacher import Teacher
 
-Model = ViT | ImagePerceiver
+Model = ViT | VT | ImagePerceiver
 NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from opsin.models.layers import MLP, Attention
 from opsin.models.perceiver_io import ImagePerceiver
 from opsin.models.vit import ViT
+from opsin.models.vt import VT
 from opsin.train.heads import head_of
 
 Target = Literal["q", "k", "v", "out", "fc1", "fc2"]
@@ -42,7 +43,7 @@ class LowRank(nn.Module):
 
 
 def add_lora(
-    model: ViT | ImagePerceiver,
+    model: ViT | VT | ImagePerceiver,
     *,
     rank: int = 8,
     alpha: float = 16.0,
@@ -83,7 +84,7 @@ def add_lora(
 
 
 @torch.no_grad()
-def merge(model: ViT | ImagePerceiver) -> None:
+def merge(model: ViT | VT | ImagePerceiver) -> None:
     """Add the products to their matrices, in place: a plain model again, under plain names, every parameter trainable.
 
     To go on training, merge a `copy.deepcopy`.

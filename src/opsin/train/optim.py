@@ -14,7 +14,7 @@ from opsin.train.config import TrainConfig
 
 # What a parameter is called in `models/`, from the front of its name …
 FRONT = re.compile(
-    r"(cls_token|dist_token|registers|pos_embed|stem|patch_embed|front_end|encoder\.latents|encoder\.cross)(\.|$)"
+    r"(cls_token|dist_token|registers|pos_embed|stem|stem_proj|stem_norm|patch_embed|front_end|encoder\.latents|encoder\.cross)(\.|$)"
 )
 LAYER = re.compile(r"(?:encoder\.)?layers\.(\d+)\.")
 BACK = re.compile(r"(norm|attn_pool|pre_logits|head|head_dist|decoder)\.")
@@ -233,8 +233,8 @@ def lr_factor(step: int, steps: int, config: TrainConfig) -> float:
     """Factor on every learning rate: a linear warm-up from 0 times a curve from 1 to `end_lr` / `lr`.
 
     cosine, linear: from the end of the warm-up to `steps`. flat_cosine: 1 for `flat_share` of all steps, then half a
-    cosine. constant: 1. `end_lr` is where a group at the full learning rate ends; Muon's and those of lower layers end
-    at the same fraction of theirs.
+    cosine. constant: 1. step: a tenth after each third of the steps, as ResNets are trained. `end_lr` is where a group
+    at the full learning rate ends; Muon's and those of lower layers end at the same fraction of theirs.
 
     Args:
         step: of `steps`, from 0, as optax counts and with it the releases of ViT and Perceiver. With a warm-up, step 0
@@ -248,6 +248,8 @@ def lr_factor(step: int, steps: int, config: TrainConfig) -> float:
     progress = min(max((step - start) / max(steps - start, 1), 0.0), 1.0)
     if config.schedule == "constant":
         curve = 1.0
+    elif config.schedule == "step":
+        curve = 0.1 ** min(3 * step // max(steps, 1), 2)
     elif config.schedule == "linear":
         curve = 1 - progress
     else:

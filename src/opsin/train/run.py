@@ -40,7 +40,8 @@ from opsin.errors import CheckpointError, MissingExtra, TrainError
 from opsin.labels import Labels
 from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.position import sincos_2d
-from opsin.models.vit import ViT
+from opsin.models.vit import ViT, ViTConfig
+from opsin.models.vt import VT, VTConfig
 from opsin.pipeline import Classifier, load
 from opsin.preprocess import PreprocessConfig
 from opsin.results import json_line
@@ -307,7 +308,7 @@ def build(config: TrainConfig, labels: Labels) -> Built:
         if config.init is None:
             return _from_scratch(config, labels)
         checkpoint = checkpoints.read(config.init)
-        if not isinstance(checkpoint.model, ViT | ImagePerceiver) or checkpoint.preprocess is None:
+        if not isinstance(checkpoint.model, ViT | VT | ImagePerceiver) or checkpoint.preprocess is None:
             raise TrainError(f"{config.init} does not classify images; training is for models that do.")
         preprocess = config.preprocess or checkpoint.preprocess
         if config.image_size is not None:
@@ -324,7 +325,7 @@ def build(config: TrainConfig, labels: Labels) -> Built:
         )
     except ValueError as error:
         raise TrainError(str(error)) from error
-    _checkpoint_gradients(model, config)
+    _prepare(model, config)
     return Built(model, preprocess, checkpoint.source, reused)
 
 
@@ -334,11 +335,15 @@ def _from_scratch(config: TrainConfig, labels: Labels) -> Built:
     if config.image_size is not None:
         shape = replace(shape, image_size=(config.image_size, config.image_size))
     model: Model
+    if not isinstance(shape, ViTConfig) and (config.dropout_rate or config.drop_path_rate):
+        kind = "VT" if isinstance(shape, VTConfig) else "Perceiver"
+        raise TrainError(f"a {kind} has no dropout and no stochastic depth: set both rates to 0.")
     if isinstance(shape, ImagePerceiverConfig):
-        if config.dropout_rate or config.drop_path_rate:
-            raise TrainError("a Perceiver has no dropout and no stochastic depth: set both rates to 0.")
         model = ImagePerceiver(replace(shape, num_classes=len(labels)))
         head = model.decoder.out
+    elif isinstance(shape, VTConfig):
+        model = VT(replace(shape, num_classes=len(labels)))
+        head = model.head
     else:
         shape = replace(shape, dropout_rate=config.dropout_rate, drop_path_rate=config.drop_path_rate)
         model = ViT(replace(shape, num_classes=len(labels)))
@@ -352,12 +357,20 @@ def _from_scratch(config: TrainConfig, labels: Labels) -> Built:
     preprocess = config.preprocess or PreprocessConfig(size=shape.image_size)
     if preprocess.image_size != shape.image_size:
         preprocess = preprocess_for(preprocess, shape.image_size)
-    _checkpoint_gradients(model, config)
+    _prepare(model, config)
     return Built(model, preprocess, None)
 
 
-def _checkpoint_gradients(model: Model, config: TrainConfig) -> None:
-    if isinstance(model, ViT):
+def _prepare(model: Model, config: TrainConfig) -> None:
+    if isinstance(model, VT):
+        if config.method == "lora":
+            raise TrainError("LoRA is for matrices of attention; a VT is mostly convolutions. Use --method finetune.")
+        if config.gradient_checkpointing or any(phase.keep_tokens for phase in config.phases):
+            raise TrainError(
+                "a VT is trained without gradient_checkpointing and keep_tokens: its batch norms would see an image "
+                "twice, and its tokens are few already."
+            )
+    elif isinstance(model, ViT):
         model.gradient_checkpointing = config.gradient_checkpointing
     else:
         model.encoder.gradient_checkpointing = config.gradient_checkpointing
