@@ -21,7 +21,15 @@ from opsin.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
-DOCS = (*READMES, "docs/training.md", "docs/results.md", "docs/performance.md")
+DOCS = (
+    *READMES,
+    "docs/training.md",
+    "docs/results.md",
+    "docs/performance.md",
+    "docs/explain.md",
+    "docs/export.md",
+    "docs/trust.md",
+)
 
 
 def commands(readme: str) -> Iterator[tuple[str, str]]:

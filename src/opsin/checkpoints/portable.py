@@ -11,6 +11,8 @@ from torch import nn
 from opsin.checkpoints import files, haiku, hf, native, npz, timm
 from opsin.errors import CheckpointError
 from opsin.labels import Labels
+from opsin.models.perceiver_io import ImagePerceiver
+from opsin.models.vit import ViT
 from opsin.preprocess import PreprocessConfig
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,8 @@ def _holders(model: nn.Module, preprocess: PreprocessConfig | None, labels: Labe
         except CheckpointError:
             continue
         found.append(name)
-    return found if preprocess is None else [*found, "onnx"]  # a graph from pixels to logits
+    graph = preprocess is not None and isinstance(model, ViT | ImagePerceiver)
+    return [*found, "onnx"] if graph else found
 
 
 def write_hf(folder: Path, model: nn.Module, preprocess: PreprocessConfig | None, labels: Labels | None) -> None:
