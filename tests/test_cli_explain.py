@@ -103,6 +103,28 @@ def test_usage_errors(arguments: list[str], message: str, coffee: str, tiny: str
     assert not result.stdout
 
 
+def test_a_map_of_nothing_is_said(coffee: str, on_a_terminal: Callable[..., str]) -> None:
+    result = opsin(coffee, "--model", "opsin/perceiver-tiny", "--target", "bison")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["peak"] is None
+    assert 'by relevance the map is the same everywhere, so it says nothing of "bison". Try --method occlusion' in (
+        " ".join(result.stderr.split())
+    )
+    seen = on_a_terminal("explain", coffee, "--model", "opsin/perceiver-tiny", "--target", "bison")
+    assert not any(line.split()[:1] == ["peak"] for line in seen.splitlines())
+
+
+def test_the_image_is_not_drawn_over(coffee: str, tiny: str, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(Path(coffee).read_bytes())
+    (tmp_path / "link.png").symlink_to(photo)
+    for out in (photo, tmp_path / "link.png"):
+        result = opsin(photo, "--model", tiny, "--out", out)
+        assert result.exit_code == 2
+        assert "is the image itself" in " ".join(result.stderr.split())
+    assert photo.read_bytes() == Path(coffee).read_bytes()
+
+
 @pytest.mark.parametrize("name", ["gone.jpg", "notes.txt"])
 def test_a_bad_image_is_a_record(name: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")

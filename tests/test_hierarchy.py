@@ -52,6 +52,13 @@ def test_kinds_that_tell_nothing_are_no_answer() -> None:
     assert narrowest(probs(tabby=0.5, wallet=0.5), IMAGENET, 0.5) is not None
 
 
+@pytest.mark.parametrize("best", ["tabby", "wallet"])
+def test_of_kinds_as_narrow_the_surest(best: str) -> None:
+    shares = {"tabby": 0.4, "wallet": 0.4, best: 0.6}
+    kind = narrowest(probs(IMAGENET, **shares), IMAGENET, 0.3)
+    assert kind is not None and kind["score"] == pytest.approx(0.6)
+
+
 def test_a_kind_has_a_chinese_name() -> None:
     cats = probs(tabby=0.5, Persian_cat=0.5)
     assert narrowest(cats, IMAGENET, lang="zh") == {"label": "家猫", "wnid": "n02121808", "score": 1}

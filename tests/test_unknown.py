@@ -94,6 +94,9 @@ def test_mahalanobis_is_the_distance_under_a_shrunk_covariance() -> None:
     expected = -np.einsum("nkd,de,nke->nk", apart, theirs.precision_, apart).min(1)
     parts = unknown._make("mahalanobis", bank, targets)
     assert unknown._score("mahalanobis", parts, found) == pytest.approx(expected, rel=1e-4)
+    alone = unknown._make("mahalanobis", np.concatenate([bank, 9 * bank[:1]]), np.append(targets, CLASSES))
+    assert np.array_equal(alone["whiten"], parts["whiten"]), "one image says nothing of how far those of a class differ"
+    assert len(alone["means"]) == CLASSES + 1
 
 
 @pytest.mark.parametrize("method", ["energy", "knn", "mahalanobis"])
@@ -116,6 +119,10 @@ def test_quality_is_that_of_scikit_learn(known: list[int], others: list[int]) ->
     assert found.auroc == pytest.approx(roc_auc_score(truth, known + others))
     threshold = max(t for t in known if np.mean(np.array(known) >= t) >= 0.95)
     assert found.fpr95 == pytest.approx(np.mean(np.array(others) >= threshold))
+
+
+def test_fpr95_leaves_out_one_known_image_in_twenty() -> None:
+    assert unknown.quality(np.arange(100.0), np.arange(100.0)).fpr95 == 0.95
 
 
 @pytest.mark.parametrize("rate", [0, 0.01, 0.05, 0.1, 0.25, 0.9])

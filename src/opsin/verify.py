@@ -3,7 +3,7 @@
 picture ── logits, hidden states, best labels ──▶ Check ─┐
 images  ── predict, by the protocol's preprocessing ─────┴──▶ Certificate
 
-Everything runs in exact fp32. The values on the picture (`assets/expected.json`) were printed by tests of transformers,
+Everything runs in exact fp32. The values on the picture (`assets/expected.json`, which names their sources) were found
 with the image processor of each checkpoint, so they go through the checkpoint's own preprocessing, which is what
 `Classifier.preprocess` is; those of dino-vits8 with that processor's size set to 480. Accuracy depends on the
 preprocessing as much as on the weights: a `Protocol` names it. No published figure is repeated here that the catalogue

@@ -21,6 +21,7 @@ from opsin.explain import (
     filters,
     find_class,
     heads,
+    perturb,
     position_similarity,
 )
 from opsin.labels import Labels
@@ -359,3 +360,13 @@ def test_what_a_gap_was_filled_from() -> None:
     assert np.ptp(found.weights) > 0.01
     with pytest.raises(NoMask, match="has no"):
         explain_text(text, "nothing missing")
+
+
+def test_the_blur_of_insertion_is_that_of_rise() -> None:
+    """Five pixels of 224, in every direction alike."""
+    point = np.zeros((224, 224, 3), np.float32)
+    point[112, 112] = 1
+    spread = perturb._blurred(point)[:, :, 0].astype(np.float64)
+    assert spread.sum() == pytest.approx(1, abs=1e-5)
+    for axis in (0, 1):
+        assert ((np.arange(224) - 112) ** 2 @ spread.sum(axis)) ** 0.5 == pytest.approx(5, rel=0.03)

@@ -121,6 +121,7 @@ def test_a_photo_of_another_size() -> None:
 def test_where_a_map_peaks_is_said_in_pixels_of_the_photo() -> None:
     assert pictures.peak(explanation()) == (65, 15)
     assert pictures.peak(explanation([[9, 0], [0, 0]], region=(-60, 0, 120, 60), seen=(1 / 3, 0, 5 / 6, 1))) == (0, 15)
+    assert pictures.peak(explanation(np.zeros((2, 3)))) is None
     assert pictures.seen(explanation(region=(-60, 0, 120, 60), seen=(0.5, 0, 5 / 6, 1))) == (30, 0, 90, 60)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import opsin
 from opsin.checkpoints import Checkpoint, Source
 from opsin.errors import NoHead, NoMask, NotAnImage
-from opsin.explain import METHODS, TextExplanation, pictures
+from opsin.explain import METHODS, TextExplanation, attention, pictures
 from opsin.explain.report import report, text_report
 from opsin.labels import Labels
 from opsin.models.perceiver_io import TextPerceiver, TextPerceiverConfig
@@ -126,6 +126,16 @@ def test_the_page_begins_with_what_was_asked_for(classifier: Classifier, photo: 
     with pytest.raises(ValueError, match='no class "class 9"'):
         report(tmp_path / "other.html", classifier, photo, target="class 9")
     assert not (tmp_path / "other.html").exists()
+
+
+def test_a_map_of_nothing_has_no_place(
+    classifier: Classifier, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "relevance", lambda *_: np.zeros((2, 2)))
+    report(tmp_path / "why.html", classifier, photo)
+    text = (tmp_path / "why.html").read_text(encoding="utf-8")
+    assert "It is the same everywhere: it says nothing of this label." in text
+    assert "It is highest" not in text
 
 
 def test_names_of_files_and_labels_are_text(noisy_checkpoint: Checkpoint, tmp_path: Path) -> None:

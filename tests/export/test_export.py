@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -24,7 +25,8 @@ from opsin.export.check import compare, photos, varied
 from opsin.labels import Labels
 from opsin.models.perceiver_io import ImagePerceiver, ImagePerceiverConfig
 from opsin.models.vit import ViT, ViTConfig
-from opsin.pipeline import Classifier
+from opsin.models.vt import VT, VTConfig
+from opsin.pipeline import Classifier, load
 from opsin.preprocess import PreprocessConfig
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
@@ -346,6 +348,8 @@ def test_images_of_the_check_are_of_all_kinds() -> None:
         ({"to": "openvino"}, r'"m.onnx" is no name for openvino; its files end in \.xml\.'),
         ({"to": "onnx", "dtype": "int8"}, r"int8 needs images like those to come, .*--images PHOTOS"),
         ({"to": "onnx", "tolerance": 1.5}, r"tolerance is 1\.5; it is a share of the images, 0 to 1"),
+        ({"to": "timm", "images": ["a.jpg"]}, "images are of no use: timm holds the weights as they are"),
+        ({"to": "opsin", "tolerance": 0.1}, "tolerance is of no use: opsin holds the weights as they are"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -369,6 +373,13 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     ):
         with pytest.raises(ExportError, match=message):
             Pixels(config)
+    classifier = noisy(MODELS["vit"])
+    classifier.model = VT(VTConfig(image_size=(64, 64), num_modules=0, width=8, num_classes=7))
+    for to, name in (("onnx", "m.onnx"), ("torch", "m.pt2")):
+        with pytest.raises(ExportError, match=r"a VT cannot be written as a graph; .* weights can be: opsin\."):
+            exports.export(classifier, tmp_path / name, to=to)
+    exports.export(classifier, tmp_path / "vt", to="opsin")
+    assert load(tmp_path / "vt").model.state_dict().keys() == classifier.model.state_dict().keys()
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -388,6 +399,14 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run(command, ["--to", "transformers", "--out", str(tmp_path / "theirs")])
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["dtype"] == "fp32" and record["bytes"] > (tmp_path / "theirs" / "config.json").stat().st_size
+    odd = os.fsdecode(tmp_path / "\n".join(("a", "b"))) + "\udcff"  # a name that is no UTF-8
+    done = run(command, ["--to", "opsin", "--out", odd], catch_exceptions=False)
+    assert json.loads(done.stdout.splitlines()[-1])["path"] == odd
+    (tmp_path / "none").mkdir()
+    wrong = run(command, ["--to", "torch", "--images", str(tmp_path / "none"), "--out", str(tmp_path / "m2.pt2")])
+    assert wrong.exit_code == 2 and "Invalid value for --images: no images in" in wrong.output
+    wrong = run(command, ["--to", "timm", "--tolerance", "0.1", "--out", str(tmp_path / "m2")])
+    assert wrong.exit_code == 2 and "Invalid value for --tolerance: tolerance is of no use" in wrong.output
     monkeypatch.setattr(exports, "_write", nonsense)
     wrong = run(command, ["--to", "torch", "--dtype", "fp16", "--out", str(tmp_path / "wrong.pt2")])
     assert wrong.exit_code == 1 and "99.0% is asked for" in wrong.output

@@ -1,6 +1,7 @@
 """`opsin explain`."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from opsin.cli.output import (
     load_model,
     parts,
     printable,
+    say,
     show,
     show_filled,
 )
@@ -61,6 +63,9 @@ def explain(
             raise click.UsageError(f"{name} is for --method attention; {method} takes all layers and heads.")
     _check_file(out, "--out", ".png")
     _check_file(page, "--report", ".html")
+    with suppress(OSError, ValueError):
+        if out is not None and out.samefile(image):
+            raise click.BadParameter(f'"{out}" is the image itself.', param_hint="--out")
 
     from opsin.errors import ModelError, NoHead
     from opsin.text import TextModel
@@ -128,6 +133,11 @@ def _of_image(
             pictures.draw(out, photo, [found], [score])
         record = _record(path, found, score, out, page)
         _print(record)
+        if record["peak"] is None:
+            say(
+                f'by {found.method} the map is the same everywhere, so it says nothing of "{found.label}". '
+                f"Try --method {'rollout' if found.method == 'occlusion' else 'occlusion'}."
+            )
     return record
 
 
@@ -136,6 +146,7 @@ def _record(
 ) -> dict[str, Any]:
     from opsin.explain.pictures import peak
 
+    where = peak(found)
     return {
         "path": path,
         "ok": True,
@@ -145,7 +156,7 @@ def _record(
         "method": found.method,
         "layer": found.layer,
         "head": found.head,
-        "peak": list(peak(found)),
+        "peak": where and list(where),
         "deletion_auc": score.deletion_auc,
         "insertion_auc": score.insertion_auc,
         "random_deletion_auc": score.random_deletion_auc,
@@ -168,10 +179,9 @@ def _print(record: dict[str, Any]) -> None:
         return
     show(record | {"topk": [{"label": record["label"], "score": record["score"]}]})
     numbers = "".join(f", {name} {record[name]}" for name in ("layer", "head") if record[name] is not None)
-    x, y = record["peak"]
     rows = {
         "method": record["method"] + numbers,
-        "peak": f"{x}, {y} of {record['width']} × {record['height']} pixels",
+        "peak": record["peak"] and "{}, {} of {width} × {height} pixels".format(*record["peak"], **record),
         "deletion": _beside(record, "deletion_auc", "lower"),
         "insertion": _beside(record, "insertion_auc", "higher"),
         "out": record["out"],

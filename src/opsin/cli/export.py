@@ -1,13 +1,12 @@
 """`opsin export`: a model as a file of another runtime or library."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from opsin.cli.output import DEFAULT_MODEL, NOT_WRITTEN, answering, fail, load_model, parts, say
+from opsin.cli.output import DEFAULT_MODEL, NOT_WRITTEN, answering, fail, load_model, parts, printable, say
 
 if TYPE_CHECKING:
     from opsin.export import Exported
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
     "--to",
     required=True,
     metavar="FORMAT",
-    help="onnx, openvino or torch: a graph from photos to probabilities. transformers, timm, npz or pystate: "
-    "weights as that library reads them.",
+    help="onnx, openvino or torch: a graph from photos to probabilities. transformers, timm, npz, pystate or "
+    "opsin: weights as that library reads them.",
 )
 @click.option(
     "--out",
@@ -54,10 +53,13 @@ def export(
     from opsin import export as exports
     from opsin.data.files import find_images
     from opsin.errors import ExportError, MissingExtra, ModelError
+    from opsin.results import json_line
 
     try:
-        classifier = load_model("classify", model=model, revision=revision, dtype="fp32", device="cpu")
+        classifier = load_model("embed", model=model, revision=revision, dtype="fp32", device="cpu")
         images = list(find_images([photos])) if photos else None
+        if images == []:
+            raise click.BadParameter(f'no images in "{photos}".', param_hint="--images")
         with answering(out), parts("images") as progress:
             done = exports.export(
                 classifier, out, to=to, dtype=dtype, images=images, tolerance=tolerance, progress=progress
@@ -71,14 +73,15 @@ def export(
         fail(error)
     if sys.stdout.isatty():
         for line in rows(done):
-            click.echo(line)
+            click.echo(printable(line))
     else:
-        print(json.dumps(summary(done), ensure_ascii=False), flush=True)
+        print(json_line(summary(done)), flush=True)
 
 
 def _option(message: str) -> str:
     """Which option a message is about."""
-    starts = {"to is": "--to", "dtype is": "--dtype", "int8 needs": "--images", "tolerance": "--tolerance"}
+    starts = {"to is": "--to", "dtype is": "--dtype", "int8 needs": "--images", "images": "--images",
+              "tolerance": "--tolerance"}  # fmt: skip
     return next((option for start, option in starts.items() if message.startswith(start)), "--out")
 
 

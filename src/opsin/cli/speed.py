@@ -148,7 +148,7 @@ def optimize(model: str, revision: str | None, photos: str, out: Path, budget: f
     from opsin.errors import DataError, ModelError, NoHead
 
     try:
-        classifier = load_model("classify", model=model, revision=revision, dtype="fp32", device="cpu")
+        classifier = load_model("embed", model=model, revision=revision, dtype="fp32", device="cpu")
         with answering(out), parts("candidates") as progress:
             choice = optimise(classifier, list(find_images([photos])), budget, out, progress=progress)
     except DataError as error:

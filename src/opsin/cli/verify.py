@@ -205,7 +205,7 @@ def named_model(argument: str, text: str, *, device: str) -> Any:
 
     try:
         name, engine, dtype = parse(text)
-        return load_model("classify", model=name, engine=engine, dtype=dtype, device=device)
+        return load_model("embed", model=name, engine=engine, dtype=dtype, device=device)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint=argument) from None
     except click.BadParameter as error:

@@ -119,8 +119,11 @@ def find_class(labels: Labels, target: int | str) -> int:
     if found:
         several = ", ".join(f'{index} "{labels.names[index]}"' for index in found)
         raise ValueError(f'"{target}" is {len(found)} classes: {several}. Give the index of one.')
-    every = {word: name for name in reversed(labels.names) for word in (name.lower(), *_synonyms(name))}
-    kinds = [word for word in every if wanted.lower() in word.split()]  # "cat" of "tabby cat"
+    every: dict[str, str] = {}
+    for name in labels.names:
+        for word in (name.lower(), *_synonyms(name)):
+            every.setdefault(word, name)
+    kinds = [word for word in every if word.split()[-1:] == [wanted.lower()]]  # "cat" of "tabby cat"
     near = dict.fromkeys(every[word] for word in (kinds or difflib.get_close_matches(wanted.lower(), every, 3))[:6])
     hint = "Did you mean " + " or ".join(f'"{name}"' for name in near) + "?" if near else "Give its index."
     raise ValueError(f'no class "{target}" among the {len(labels)} of this model. {hint}')

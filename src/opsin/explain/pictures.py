@@ -144,8 +144,10 @@ def reduced(image: Image.Image, max_side: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def peak(explanation: "Explanation") -> tuple[int, int]:
-    """(x, y) in the original photo: the middle of the map's highest cell."""
+def peak(explanation: "Explanation") -> tuple[int, int] | None:
+    """(x, y) in the original photo: the middle of the map's highest cell; None where all cells are alike."""
+    if explanation.map.min() == explanation.map.max():
+        return None
     row, column = np.unravel_index(int(explanation.map.argmax()), explanation.map.shape)
     left, top, right, bottom = explanation.region
     x = left + (column + 0.5) / explanation.map.shape[1] * (right - left)

@@ -178,7 +178,10 @@ class _Page:
     # ── sections ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _head(self, main: "Explanation", best: Sequence[dict[str, Any]]) -> None:
-        x, y = pictures.peak(main)
+        peak = pictures.peak(main)
+        highest = "the same everywhere: it says nothing of this label"
+        if peak is not None:
+            highest = f"highest at {peak[0]}, {peak[1]} (pixels from the left and from the top)"
         bars = "".join(
             f"<li><span>{self._label(row['label'])}<b>{pictures.percent(row['score'])}</b></span>"
             f'<i style="--share:{100 * row["score"]:.1f}%"></i></li>'
@@ -194,8 +197,8 @@ class _Page:
             'aria-label="opacity of the maps, percent"> map</label>'
             f"{_scale(pictures.signed(main))}</div>"
             f'<div><ol class="bars">{bars}</ol>'
-            f"<p>The map is of <b>{escape(pictures.method_name(main))}</b>: {METHOD_NOTES[main.method]}. It is highest "
-            f"at {x}, {y} (pixels from the left and from the top).{self._unseen(main)}</p></div></div>"
+            f"<p>The map is of <b>{escape(pictures.method_name(main))}</b>: {METHOD_NOTES[main.method]}. It is "
+            f"{highest}.{self._unseen(main)}</p></div></div>"
         )
 
     def _unseen(self, main: "Explanation") -> str:

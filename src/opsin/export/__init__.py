@@ -37,7 +37,7 @@ __all__ = ["DTYPES", "FORMATS", "SUFFIXES", "Comparison", "Exported", "Pixels", 
 
 DTYPES = {"onnx": ("fp32", "fp16", "int8"), "openvino": ("fp32", "fp16", "int8"), "torch": ("fp32", "fp16")}
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-WRITERS = ("transformers", "timm", "npz", "pystate")  # of checkpoints: weights alone
+WRITERS = ("transformers", "timm", "npz", "pystate", "opsin")  # of checkpoints: weights alone
 FORMATS = (*DTYPES, *WRITERS)
 
 NUM_IMAGES = 100  # at least, that a file is checked on
@@ -85,7 +85,8 @@ def export(
         ExportError: the format cannot hold the model, or the file does not agree: nothing is written then.
         CheckpointError: a format of weights cannot hold the model.
         MissingExtra: the format's package is not installed.
-        ValueError: an unknown format or dtype, a suffix that is not the format's, int8 without images.
+        ValueError: an unknown format or dtype, a suffix that is not the format's, int8 without images, images or a
+            tolerance for a format of weights.
     """
     path = Path(path)
     check_arguments(classifier, path, to=to, dtype=dtype, calibrated=bool(images), tolerance=tolerance)
@@ -134,6 +135,14 @@ def check_arguments(
     known = DTYPES.get(to, ("fp32",))
     if dtype not in known:
         raise ValueError(f'dtype is "{dtype}"; {to} has {", ".join(known)}.')
+    if to in WRITERS and (calibrated or tolerance is not None):
+        what = "images are" if calibrated else "tolerance is"
+        raise ValueError(f"{what} of no use: {to} holds the weights as they are, so nothing is compared.")
+    if to in DTYPES and not isinstance(classifier.model, ViT | ImagePerceiver):
+        raise ExportError(
+            f"a {type(classifier.model).__name__} cannot be written as a graph; a ViT and a Perceiver of images can. "
+            "Its weights can be: opsin."
+        )
     if to in SUFFIXES and path.suffix != SUFFIXES[to]:
         raise ValueError(f'"{path.name}" is no name for {to}; its files end in {SUFFIXES[to]}.')
     if not path.parent.is_dir():
@@ -221,8 +230,6 @@ def _write(
     from opsin.export import archive, onnx, openvino
 
     model: Any = classifier.model
-    if not isinstance(model, ViT | ImagePerceiver):
-        raise ExportError(f"a {type(model).__name__} cannot be exported; ViT and ImagePerceiver can.")
     labels = classifier.labels
     scores = None if not model.config.num_classes else "sigmoid" if labels and labels.multi_label else "softmax"
     metadata = _metadata(classifier, dtype)

@@ -313,7 +313,6 @@ class VT(nn.Module):
     plain ResNet its places), `pool` (tokens → features), `classify` (features → logits). Any image size is taken.
     """
 
-
     def __init__(self, config: VTConfig) -> None:
         super().__init__()
         c = self.config = config
