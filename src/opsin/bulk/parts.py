@@ -16,13 +16,14 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from opsin.data.inputs import Block
-from opsin.errors import BulkError
+from opsin.data.tar import is_url
+from opsin.errors import BulkError, DataError
 from opsin.results import Record, json_line, write_part
 
 FORMATS = ("parquet", "jsonl", "csv")
@@ -31,42 +32,66 @@ NAME = re.compile(r"part-(\d{6,})-(\d{8,})-(\d{8,})(-end)?\.(?:parquet|jsonl|csv
 
 
 class Parts:
-    """A folder of parts, new or gone on with.
+    """A folder of parts, new or gone on with, or one share of it.
 
     Args:
         folder: made where it is not there.
         manifest: what decides the rows: JSON values.
         blocks: of the inputs, where the folder is new; the folder's own are read else.
         resume: go on with a folder that has a manifest. Without it such a folder is refused.
+        shard: (i, n): of the blocks i, i + n, i + 2·n, … only. Others may write theirs at the same time.
     Raises:
-        BulkError: the folder holds another run, or one that was not to be resumed; or files of no run at all.
+        BulkError: the folder holds another run, one that was not to be resumed, or a damaged one; or files of no run
+            at all; or an archive is not the one that its first parts are of.
         OSError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, manifest: Record, blocks: Iterable[Block], *, resume: bool) -> None:
-        self.folder, self.manifest = Path(folder), manifest
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Record,
+        blocks: Iterable[Block],
+        *,
+        resume: bool,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.folder, self.manifest, self.shard = Path(folder), manifest, shard
         self.format: str = manifest["format"]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / MANIFEST
-        if path.exists():
-            self._check(path, resume)
-        else:
-            odd = next((entry.name for entry in os.scandir(self.folder) if not entry.name.startswith(".")), None)
-            if odd is not None and odd != INPUTS:
-                raise BulkError(
-                    f'{self.folder} holds "{odd}" and is no folder of a run. Name a new or an empty folder.'
-                )
-            _write_whole(self.folder / INPUTS, (json_line(block.to_json()) for block in blocks))
-            _write_whole(path, [json.dumps(manifest, indent=2, ensure_ascii=False)])
-        self.num_blocks = sum(1 for _ in self.blocks())
+        with _alone(self.folder):
+            if path.exists():
+                self._check(path, resume)
+            else:
+                self._begin(path, blocks)
         self._next = self._state()
+        self.num_blocks = 0
+        for values in self._listed():
+            row = self._next.get(self.num_blocks)
+            if row and values.get("stamp") != _stamp(Block.from_json(values)):
+                raise BulkError(
+                    f"{values['paths'][0]} has changed since its first {row:,} rows were written, so that the others "
+                    "may be missing in it or come twice. Put the old file back, or name another folder."
+                )
+            self.num_blocks += 1
+
+    def _begin(self, path: Path, blocks: Iterable[Block]) -> None:
+        for file in list(self.folder.iterdir()):
+            if file.name.startswith((f".{INPUTS}.", f".{MANIFEST}.")):  # half written
+                file.unlink(missing_ok=True)
+            elif file.name != INPUTS and not file.name.startswith("."):
+                raise BulkError(
+                    f'{self.folder} holds "{file.name}" and is no folder of a run. Name a new or an empty folder.'
+                )
+        _write_whole(self.folder / INPUTS, (json_line(_line(block)) for block in blocks))
+        _write_whole(path, [json.dumps(self.manifest, indent=2)])
 
     def _check(self, path: Path, resume: bool) -> None:
         if not resume:
             raise BulkError(f"{self.folder} holds a run already. Go on with it by --resume, or name another folder.")
         try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            old = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise BulkError(f"{path} is damaged: {error}. Name another folder.") from error
         differ = [key for key in sorted({*old, *self.manifest}) if old.get(key) != self.manifest.get(key)]
         if differ:
@@ -78,22 +103,30 @@ class Parts:
             )
 
     def _state(self) -> dict[int, int | None]:
-        """Block → the first row that no part holds; None where all are held. What overlaps or is half written goes."""
+        """Block → the first row that no part holds; None where all are held. What overlaps or is half written goes.
+
+        Only of the own blocks: to those of other shards parts are added meanwhile, and a list of a folder that grows
+        may show a later one without an earlier one.
+        """
         parts: dict[int, dict[int, list[tuple[int, bool, str]]]] = defaultdict(lambda: defaultdict(list))
         for entry in os.scandir(self.folder):
-            if found := NAME.fullmatch(entry.name):
-                block, start, stop = map(int, found.groups()[:3])
-                parts[block][start].append((stop, bool(found[4]), entry.name))
-            elif entry.name.startswith(".part-"):
+            if not (found := NAME.match(entry.name.removeprefix("."))):
+                continue
+            block, start, stop = map(int, found.groups()[:3])
+            if block % self.shard[1] != self.shard[0]:
+                continue
+            if entry.name.startswith("."):
                 Path(entry.path).unlink(missing_ok=True)
+            elif found.end() == len(entry.name):
+                parts[block][start].append((stop, bool(found[4]), entry.name))
         state: dict[int, int | None] = {}
         for block, starts in parts.items():
             row, kept, ended = 0, set(), False
             while row in starts and not ended:
                 stop, ended, name = max(starts[row])
-                kept.add(name)
-                if stop == row and not ended:
+                if stop < row or (stop == row and not ended):
                     break
+                kept.add(name)
                 row = stop
             state[block] = None if ended else row
             for _, _, name in (part for group in starts.values() for part in group):
@@ -102,13 +135,27 @@ class Parts:
         return state
 
     def blocks(self) -> Iterator[Block]:
-        with (self.folder / INPUTS).open(encoding="utf-8") as file:
-            for line in file:
-                yield Block.from_json(json.loads(line))
+        """All of them.
 
-    def to_do(self, shard: tuple[int, int] = (0, 1)) -> Iterator[tuple[int, Block, int]]:
-        """(number, block, first row to do) of the blocks that are not done, of those i, i + n, i + 2·n, …"""
-        index, count = shard
+        Raises:
+            BulkError: the list is damaged or gone.
+        """
+        return map(Block.from_json, self._listed())
+
+    def _listed(self) -> Iterator[Record]:
+        path = self.folder / INPUTS
+        try:
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    values = json.loads(line)
+                    Block.from_json(values)
+                    yield values
+        except (FileNotFoundError, ValueError, AttributeError, DataError) as error:
+            raise BulkError(f"{path} is damaged: {error}. Name another folder.") from error
+
+    def to_do(self) -> Iterator[tuple[int, Block, int]]:
+        """(number, block, first row to do) of the blocks of this shard that are not done."""
+        index, count = self.shard
         for number, block in islice(enumerate(self.blocks()), index, None, count):
             row = self._next.get(number, 0)
             if row is not None:
@@ -126,12 +173,12 @@ class Parts:
             OSError: they cannot be written; nothing of them is in the folder.
         """
         name = f"part-{block:06d}-{start:08d}-{start + len(records):08d}{'-end' if end else ''}.{self.format}"
-        part = self.folder / f".{name}.{os.getpid()}"
+        part = _beside(self.folder / name)
         try:
             write_part(part, self.manifest, records)
             _sync(part)
             part.replace(self.folder / name)
-            _sync(self.folder)
+            _sync_folder(self.folder)
         finally:
             part.unlink(missing_ok=True)
         self._next[block] = None if end else start + len(records)
@@ -173,13 +220,46 @@ def files(folder: Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
+def _line(block: Block) -> Record:
+    stamp = _stamp(block)
+    return block.to_json() | ({} if stamp is None else {"stamp": stamp})
+
+
+def _stamp(block: Block) -> list[int] | None:
+    """What tells an archive from another of its name: bytes and time of change. None: not known, or no archive."""
+    if block.kind == "files" or is_url(block.paths[0]):
+        return None
+    try:
+        found = Path(block.paths[0]).stat()
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Shards that begin a folder at the same moment do so one after the other: the first makes the plan of all."""
+    with (folder / ".lock").open("a") as file:
+        with suppress(OSError, ImportError):  # some systems have no locks
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _beside(path: Path) -> Path:
+    """What a file is called until it is whole: no two machines agree on it."""
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+
+
 def _write_whole(path: Path, lines: Iterable[str]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = _beside(path)
     try:
         with part.open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         _sync(part)
         part.replace(path)
+        _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -187,10 +267,14 @@ def _write_whole(path: Path, lines: Iterable[str]) -> None:
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some file systems cannot of a folder
-            os.fsync(handle)
+        os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    with suppress(OSError):  # some file systems cannot
+        _sync(path)
 
 
 def _short(value: Any) -> str:

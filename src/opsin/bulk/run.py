@@ -48,7 +48,7 @@ def run(
         stop: asked after each batch; True writes what is done and returns.
         answers: what to compute, as `Classifier.stream` takes it: top_k, embed, unknown, kind.
     Raises:
-        BulkError: by "fail"; the rows before it are written.
+        BulkError: by "fail"; the batches before it are written.
         OSError: a part cannot be written; the parts before it are whole.
     """
     counts = Counts()
@@ -59,11 +59,11 @@ def run(
     try:
         for batch in records:
             block, row, end = places.popleft()
-            bad = next((i for i, record in enumerate(batch) if not record["ok"]), None)
+            bad = next((record for record in batch if not record["ok"]), None)
             if bad is not None and on_error == "fail":
-                _write(parts, block, row - len(held), held + batch[:bad], end=False)
-                error = batch[bad]["error"]
-                raise BulkError(f"stopped at {batch[bad]['path']}: {error['message']} (--on-error fail)")
+                # none of its batch: once the image is mended, the others would be of another batch than their row
+                _write(parts, block, row - len(held), held, end=False)
+                raise BulkError(f"{bad['error']['message']} Stopped there, by --on-error fail.")
             held += batch
             counts.images += len(batch)
             counts.failed += sum(not record["ok"] for record in batch)

@@ -439,7 +439,14 @@ def run(
         made_by = describe(classifier, task=task) | agreed | asked | stored
         if out is not None and is_folder(out):
             facts = {"batch_size": batch_size, "top_k": top_k, "lang": lang}
-            write_folder(classifier, paths, out, made_by | facts, **in_folder, **answers)
+            load = options | {
+                "name": options["model"],
+                "lang": lang,
+                "dtype": classifier.dtype,
+                "engine": classifier.engine,
+            }
+            del load["model"]
+            write_folder(classifier, paths, out, made_by | facts, load=load, **in_folder, **answers)
         images: Iterable[str]
         if paths == ("-",):
             images, total = stdin_paths(), None

@@ -28,7 +28,17 @@ if TYPE_CHECKING:
     from opsin.pipeline import Classifier
 
 FORMATS = ("parquet", "jsonl", "csv")
-OPTIONS = ("resume", "shard", "on_error", "errors", "format", "part_rows")  # that only a folder takes
+CLUSTER = ("workers", "gpus_per_worker", "cpus_per_worker")  # that only a cluster takes
+OPTIONS = (
+    "resume",
+    "shard",
+    "on_error",
+    "errors",
+    "format",
+    "part_rows",
+    "cluster",
+    *CLUSTER,
+)  # that only a folder does
 
 
 class Shard(click.ParamType):
@@ -46,6 +56,21 @@ class Shard(click.ParamType):
         return index, count
 
 
+class Workers(click.ParamType):
+    """`2:64`, at least and at most; `8`, no more and no fewer."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", value)
+        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= least <= most:
+            self.fail(f'"{value}" is not MIN:MAX with MIN from 1 to MAX, such as 2:64 or 8.', param, ctx)
+        return least, most
+
+
 def folder_options(command: Callable[..., None]) -> Callable[..., None]:
     for decorate in reversed(
         [
@@ -60,6 +85,14 @@ def folder_options(command: Callable[..., None]) -> Callable[..., None]:
                          help="Of a folder: what its parts are."),
             click.option("--part-rows", type=click.IntRange(1), default=None, show_default="1000", metavar="N",
                          help="Of a folder: rows of a part; what a killed run has to do again."),
+            click.option("--cluster", metavar="ADDRESS",
+                         help="Of a folder: run on Ray: auto (the cluster that this machine is in), local or "
+                         "ray://head:10001."),
+            click.option("--workers", type=Workers(), metavar="MIN:MAX", help="Of a cluster: at least and at most."),
+            click.option("--gpus-per-worker", type=click.FloatRange(0), default=None,
+                         show_default="1 where the model runs on CUDA"),
+            click.option("--cpus-per-worker", type=click.IntRange(1), default=None,
+                         show_default="a worker's share of the machine"),
         ]
     ):  # fmt: skip
         command = decorate(command)
@@ -74,8 +107,11 @@ def check_no_folder(options: dict[str, Any]) -> None:
     """Refuse what goes with a folder only."""
     for name in OPTIONS:
         if options[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise click.UsageError(f"{flag} goes with a folder of parts: --out labels/, a name without a suffix.")
+            raise click.UsageError(f"{flag(name)} goes with a folder of parts: --out labels/, a name without a suffix.")
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def write_folder(
@@ -90,57 +126,104 @@ def write_folder(
     errors: Path | None,
     format: str | None,
     part_rows: int | None,
+    cluster: str | None,
+    workers: tuple[int, int] | None,
+    gpus_per_worker: float | None,
+    cpus_per_worker: int | None,
+    load: dict[str, Any],
     **answers: Any,
 ) -> None:
     """Inputs → parts in a folder, then the exit code.
 
     Args:
         run: what made the rows, for the manifest; with "batch_size".
+        load: of `opsin.load`, what gives this classifier: for the workers of a cluster.
         answers: of `Classifier.stream`.
     """
+    import torch
+
     from opsin import bulk
-    from opsin.errors import BulkError, DataError, MissingExtra
+    from opsin.errors import BulkError, DataError, MissingExtra, ModelError
     from opsin.results import json_line
 
+    if errors is not None and not errors.parent.is_dir():
+        raise click.BadParameter(f'the folder "{errors.parent}" does not exist.', param_hint="--errors")
+    if cluster is not None and shard is not None:
+        raise click.UsageError("--cluster shares the work out by itself; --shard is for other schedulers.")
+    if cluster is None and any((workers, gpus_per_worker, cpus_per_worker)):
+        raise click.UsageError(f"{', '.join(map(flag, CLUSTER))} go with --cluster.")
     rows = part_rows or 1000
     # a part is whole batches, so that a run that goes on makes the same ones
-    manifest = run | {"inputs": list(paths), "format": format or "parquet", "part_rows": rows, "on_error": on_error}
+    manifest = run | {"inputs": list(paths), "format": format or "parquet", "part_rows": rows}
+    if classifier.device.type == "cpu":  # the sums of a product depend on them, by a millionth
+        manifest["threads"] = torch.get_num_threads() if cluster is None else cpus_per_worker
     stopping = Stop()
     try:
-        parts = bulk.Parts(out, manifest, blocks(paths, rows), resume=resume)
-        total = None if (sizes := [len(block.paths) for block in parts.blocks() if block.kind == "files"]) else 0
-        if len(sizes) == parts.num_blocks and shard is None:
-            total = sum(sizes)
+        # a shard goes on with what other shards have begun
+        parts = bulk.Parts(
+            out, manifest, blocks(paths, rows), resume=resume or shard is not None, shard=shard or (0, 1)
+        )
+        sizes = [len(block.paths) for block in parts.blocks() if block.kind == "files"]
+        total = sum(sizes) if len(sizes) == parts.num_blocks and shard is None else None
         done = parts.num_done
         if done:
             say(f"{done:,} rows are in {out} already")
-        with progress(None if total is None else total - done) as advance, stopping:
-            counts = bulk.run(
-                classifier,
-                parts,
-                parts.to_do(shard or (0, 1)),
-                batch_size=run["batch_size"],
-                part_rows=rows,
-                on_error="fail" if on_error == "fail" else "record",
-                stop=stopping,
-                on_batch=lambda counts: advance({"images": counts.images, "failed": counts.failed}),
-                **answers,
-            )
-        if errors is not None:
-            with errors.open("w", encoding="utf-8") as file:
-                file.writelines(f"{json_line(row)}\n" for row in bulk.errors(out))
     except KeyboardInterrupt:
-        say(f"interrupted; the last part is not written. Go on with: {again()}")
+        say("interrupted; nothing is begun")
         sys.exit(INTERRUPTED)
     except (BulkError, DataError, MissingExtra) as error:
         say(str(error))
         sys.exit(USAGE)
     except OSError as error:
+        not_written(error, out)
+    try:
+        with progress(None if total is None else total - done) as advance, stopping:
+            how: dict[str, Any] = {"batch_size": run["batch_size"], "part_rows": rows, "stop": stopping} | answers
+            how["on_error"] = "fail" if on_error == "fail" else "record"
+
+            def show(counts: bulk.Counts) -> None:
+                advance({"images": counts.images, "failed": counts.failed})
+
+            if cluster is None:
+                counts = bulk.run(classifier, parts, parts.to_do(), on_batch=show, **how)
+            else:
+                from opsin import cluster as ray
+
+                gpus = gpus_per_worker if gpus_per_worker is not None else int(classifier.device.type == "cuda")
+                counts = ray.run(
+                    load,
+                    parts,
+                    parts.to_do(),
+                    address=cluster,
+                    workers=workers,
+                    gpus_per_worker=gpus,
+                    cpus_per_worker=cpus_per_worker,
+                    on_counts=show,
+                    **how,
+                )
+    except KeyboardInterrupt:
+        say(f"interrupted; the last part is not written. Go on with: {again()}")
+        sys.exit(INTERRUPTED)
+    except BulkError as error:  # --on-error fail, or what stops a cluster
+        say(f"{error}\nGo on with: {again()}")
+        sys.exit(SOME_FAILED)
+    except (DataError, MissingExtra, ModelError) as error:
+        say(str(error))
+        sys.exit(USAGE)
+    except OSError as error:
         say(f"go on with: {again()}")
         not_written(error, out)
+    if errors is not None:
+        try:
+            with errors.open("w", encoding="utf-8") as file:
+                file.writelines(f"{json_line(row)}\n" for row in bulk.errors(out))
+        except OSError as error:
+            not_written(error, errors)
     if stopping.asked:
         say(f"stopped after {counts.images:,} images; go on with: {again()}")
         sys.exit(INTERRUPTED)
+    if not parts.num_blocks:
+        say(f"no images in {', '.join(paths)}")
     say(f"{counts.images:,} images, {counts.failed:,} of them errors, in {out}")
     sys.exit(SOME_FAILED if counts.failed else ALL_GOOD)
 
