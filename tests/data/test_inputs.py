@@ -12,6 +12,7 @@ import struct
 import tarfile
 import threading
 import tracemalloc
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -963,6 +964,8 @@ def test_s3(aws: Callable[[str], Any], picture: Picture, tmp_path: Path, monkeyp
     try:
         host, port = server.get_host_and_port()
         fs = aws(f"http://{host}:{port}")
+        clear = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")  # of other tests' servers
+        urllib.request.urlopen(clear).close()
         fs.mkdir("bucket")
         packed(tmp_path / "x.tar", {f"{i}.png": picture(i) for i in range(3)})
         keys = {

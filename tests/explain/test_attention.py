@@ -184,7 +184,7 @@ def test_maps_are_those_of_an_explicit_softmax(build: Any, values: dict[str, Any
         expected = written_out[explicit.prefix :]
         assert found.dtype == np.float32
         assert found.shape == attention.token_place(model, pixels.shape[2:]).grid  # type: ignore[arg-type]
-        assert found.ravel() == pytest.approx(expected, rel=1e-4, abs=1e-5 * np.abs(expected).max())
+        assert found.ravel() == pytest.approx(expected, rel=1e-3, abs=1e-5 * np.abs(expected).max())
         spread.append(np.ptp(expected) > 1e-3 * expected.max())
     assert spread[0] and sum(spread) >= 3  # nothing is left of a class all of whose gradients are negative
 

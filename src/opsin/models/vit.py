@@ -215,7 +215,8 @@ class ViT(nn.Module):
         """Encoded tokens (B, P + N, D) → features (B, D); (B, 2·D) for `token_mean`."""
         c = self.config
         if self.attn_pool is not None:
-            x = self.attn_pool(tokens[:, c.num_prefix :], trace)
+            patches = tokens[:, c.num_prefix :]
+            x = self.attn_pool(patches) if trace is None else self.attn_pool(patches, trace)  # an engine's takes none
         elif c.pool == "token":
             x = tokens[:, 0]
         else:
