@@ -29,12 +29,15 @@ DOCS = (
     "docs/explain.md",
     "docs/export.md",
     "docs/trust.md",
+    "docs/cluster.md",
+    "docs/scale.md",
 )
 
 
 def commands(readme: str) -> Iterator[tuple[str, str]]:
     """(command, output) of every `$` line in a console block; the output is empty where none is shown."""
     for block in re.findall(r"```console\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL):
+        block = re.sub(r"\\\n\s*", "", block)
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, output = part.partition("\n")
             yield command.split("  # ")[0].strip(), output
