@@ -16,7 +16,7 @@ ROWS = [
     {"__main__"},
     {"cli"},
     {"compat", "recipes"},
-    {"train", "autopilot", "verify", "compare", "cluster"},
+    {"train", "autopilot", "verify", "compare", "cluster", "serve"},
     {"bench", "evaluate", "doctor", "explain", "export", "bulk", "search"},
     {"pipeline", "results", "plots", "sheets"},
     {"text", "flow", "video", "unknown"},

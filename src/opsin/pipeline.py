@@ -248,6 +248,13 @@ class Classifier:
         """D, the length of what `embed` gives."""
         return self.model.config.feature_dim  # type: ignore[union-attr, return-value]
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of its weights, about: the plain ones, and their packed copies where a faster twin runs."""
+        plain = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+        share = {"fp32": 1.0, "bf16": 0.5, "fp16": 0.5, "int8": 0.25, "fp8": 0.25}[self.dtype]
+        return plain if self._net is self.model else plain + round(plain * share)
+
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.model.parameters())
         head = f"{len(self.labels)} classes" if self.labels else "no head"
@@ -313,6 +320,15 @@ class Classifier:
         if not embed:
             self._require_labels()
         return self._forward(self._features if embed else self._net, resized)
+
+    def forward_pixels(self, pixels: Tensor, *, embed: bool = False) -> Tensor:
+        """`forward` of pixels that are normalised already, (B, 3, H, W) float32, of the model's size."""
+        if not embed:
+            self._require_labels()
+        dtype = getattr(self._upload, "dtype", torch.float32)  # of a GPU's twin
+        with torch.inference_mode(), exact_fp32(self.device):
+            function = self._features if embed else self._logits
+            return function(pixels.to(self.device, dtype)).float().cpu()
 
     def stream(
         self,
@@ -409,10 +425,10 @@ class Classifier:
                 """Each with its bytes on their way, or all of it."""
                 fetches = map(_fetch, items)
                 sent = [
-                    (item.name, readers.submit(fetch) if fetch else item.source)
+                    (readers.submit(fetch) if fetch else item.source, item.name)
                     for item, fetch in zip(items, fetches, strict=True)
                 ]
-                return [decoders.submit(self._load, *item) for item in sent] if beside else sent
+                return [decoders.submit(self.load_image, *item) for item in sent] if beside else sent
 
             ahead: deque[list[Any]] = deque()
             try:
@@ -427,13 +443,18 @@ class Classifier:
                     pool.shutdown(wait=True, cancel_futures=True)
 
     def _decoded(self, batch: list[Any], decoders: ThreadPoolExecutor, following: list[Any]) -> list[Loaded]:
-        futures = [item if isinstance(item, Future) else decoders.submit(self._load, *item) for item in batch]
+        futures = [item if isinstance(item, Future) else decoders.submit(self.load_image, *item) for item in batch]
         for item in following:
             if not isinstance(item, Future):
-                _read_ahead(item[1])
+                _read_ahead(item[0])
         return [future.result() for future in futures]
 
-    def _load(self, name: str, source: Any) -> Loaded:
+    def load_image(self, source: Any, name: str) -> Loaded:
+        """One input → what `forward` takes, under a name of its own; what cannot be read has an error, and none raises.
+
+        Args:
+            source: as `preprocess.load` takes it; or a future of that, or an `ImageError` that was met on the way.
+        """
         start = time.perf_counter()
         try:
             if isinstance(source, Future):

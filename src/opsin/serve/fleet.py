@@ -1,0 +1,220 @@
+"""The models of a server: loaded beside its event loop, found by name, unloaded when memory is short."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import torch
+
+from opsin.device import find_device
+from opsin.errors import ModelError, OpsinError
+from opsin.pipeline import Classifier, load
+from opsin.serve.batching import Batcher
+from opsin.serve.metrics import Metrics
+from opsin.serve.refusals import NotFound, NotReady
+from opsin.serve.settings import Settings
+
+RETRY_SECONDS = 60.0  # until a model that could not be loaded is tried again
+LOAD_SECONDS = 5.0  # what a load is taken to last until one has been seen
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One model of the fleet, loaded or not."""
+
+    name: str
+    source: str
+    batcher: Batcher | None = None
+    loading: "asyncio.Task[None] | None" = None
+    error: str | None = None  # why it could not be loaded
+    failed_at: float = 0.0
+    used_at: float = 0.0  # time.monotonic()
+    memory_bytes: int = 0  # known once it has been loaded
+    load_seconds: float = LOAD_SECONDS
+
+    @property
+    def classifier(self) -> Classifier:
+        """Of a loaded model."""
+        assert self.batcher is not None
+        return self.batcher.classifier
+
+    @property
+    def problem(self) -> str | None:
+        """Why it would not answer now; None: it would."""
+        if self.batcher is not None:
+            return self.batcher.problem
+        if self.error is not None:
+            return self.error
+        return "it is loading" if self.loading is not None else "it is not loaded"
+
+
+class Fleet:
+    """Made on the event loop that it serves.
+
+    Args:
+        settings: its models, limits and device.
+        metrics: are told of batches and memory.
+        load: NAME, options → `Classifier`: `opsin.load`, or a stand-in.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, load: Callable[..., Any] = load) -> None:
+        self.settings = settings
+        self.models = {name: Model(name, source) for name, source in settings.sources.items()}
+        self.default = next(iter(self.models))
+        self.arriving = 0  # requests whose bodies are being read
+        self._metrics = metrics
+        self._load = load
+        self._decoders = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="opsin-decode")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="opsin-load")
+        self._turn = threading.Lock()
+
+    def find(self, name: str | None) -> Model:
+        """A model by its name, loaded or not; the default one without a name.
+
+        Raises:
+            NotFound: there is none; the nearest is named.
+        """
+        if name is None:
+            return self.models[self.default]
+        if name not in self.models:
+            near = get_close_matches(name, self.models, 1)
+            hint = f'Did you mean "{near[0]}"? ' if near else ""
+            raise NotFound(f'no model "{name[:200]}". {hint}`GET /v1/models` lists those served here.')
+        return self.models[name]
+
+    def get(self, name: str | None) -> Model:
+        """A loaded model, which is then the one used last; one that is not loaded begins to load.
+
+        Raises:
+            NotFound: no such model.
+            NotReady: it is not loaded yet, or could not be.
+        """
+        model = self.find(name)
+        model.used_at = time.monotonic()
+        if model.batcher is None:
+            wait = self._wait(model)
+            reason = "is loading." if model.loading is not None else f"could not be loaded: {model.error}"
+            raise NotReady(f"{model.name} {reason} Try again in {max(1, round(wait))} s.", retry_after=wait)
+        if problem := model.batcher.problem:
+            raise NotReady(f"{model.name} is not ready: {problem}. Try again.")
+        return model
+
+    def _wait(self, model: Model) -> float:
+        """Seconds until it may be there."""
+        since = time.monotonic() - model.failed_at
+        if model.error is not None and model.loading is None and since < RETRY_SECONDS:
+            return RETRY_SECONDS - since
+        self.start(model)
+        return model.load_seconds
+
+    def start(self, model: Model) -> "asyncio.Task[None]":
+        """Begin to load a model, unless it is being loaded."""
+        if model.loading is None:
+            model.loading = asyncio.create_task(self._load_model(model))
+        return model.loading
+
+    async def load_all(self) -> None:
+        """Load them in order.
+
+        Raises:
+            OpsinError: one that cannot be loaded.
+        """
+        for model in self.models.values():
+            await self.start(model)
+            if model.error is not None:
+                raise ModelError(f"{model.name}: {model.error}")
+
+    async def _load_model(self, model: Model) -> None:
+        settings = self.settings
+        began = time.monotonic()
+        try:
+            await self._make_room(model)
+            classifier = await asyncio.get_running_loop().run_in_executor(self._loader, self._loaded, model.source)
+            model.memory_bytes, model.error = classifier.memory_bytes, None
+            model.batcher = Batcher(
+                classifier,
+                decoders=self._decoders,
+                turn=self._turn,
+                max_batch=settings.max_batch,
+                max_wait_ms=settings.max_wait_ms,
+                max_queue=settings.max_queue,
+                observer=self._metrics.of_model(model.name),
+                arriving=lambda: self.arriving,
+            )
+            model.load_seconds = time.monotonic() - began
+            model.used_at = time.monotonic()
+            log.info("%s is loaded: %.0f MB, %.1f s", model.name, model.memory_bytes / 1e6, model.load_seconds)
+            await self._make_room(model)
+        except (OpsinError, ValueError) as error:
+            model.error, model.failed_at = str(error), time.monotonic()
+            log.error("%s could not be loaded: %s", model.name, error)
+        finally:
+            model.loading = None
+            self._metrics.memory({each.name: each.memory_bytes for each in self.models.values() if each.batcher})
+
+    def _loaded(self, source: str) -> Classifier:
+        settings = self.settings
+        classifier = self._load(
+            source,
+            dtype=settings.dtype,
+            engine=settings.engine,
+            decode=settings.decode,
+            device=str(find_device(settings.device)),
+            max_pixels=settings.max_pixels,
+        )
+        if not isinstance(classifier, Classifier):
+            raise ModelError(f"{source} is a {type(classifier).__name__}; the server is for models of images.")
+        height, width = classifier.image_size  # the first pass packs and compiles: it is no request's
+        classifier.forward([np.zeros((height, width, 3), np.uint8)], embed=True)
+        return classifier
+
+    async def _make_room(self, wanted: Model) -> None:
+        """Unload what was not used for longest, until all fit in memory or `wanted` is alone."""
+        limit = self.settings.max_memory_bytes
+        if limit is None:
+            return
+        while True:
+            there = [model for model in self.models.values() if model.batcher is not None and model is not wanted]
+            total = wanted.memory_bytes + sum(model.memory_bytes for model in there)
+            if total <= limit:
+                return
+            if not there:
+                log.warning("%s alone takes %.0f MB of memory, over the limit", wanted.name, total / 1e6)
+                return
+            await self.unload(min(there, key=lambda model: model.used_at))
+
+    async def unload(self, model: Model) -> None:
+        """Answer what waits for a model, and let it go."""
+        batcher, model.batcher = model.batcher, None
+        if batcher is not None:
+            log.info("%s is unloaded", model.name)
+            await batcher.close()
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Of models that should answer and would not: name → why. A lazy or unloaded one is no problem."""
+        return {
+            model.name: problem
+            for model in self.models.values()
+            if (problem := model.problem) is not None
+            and not (model.batcher is None and model.error is None and self._may_be_away(model))
+        }
+
+    def _may_be_away(self, model: Model) -> bool:
+        return self.settings.lazy or model.memory_bytes > 0
+
+    async def close(self) -> None:
+        """Answer all that was taken."""
+        for model in self.models.values():
+            await self.unload(model)
+        self._loader.shutdown(wait=False, cancel_futures=True)
+        self._decoders.shutdown(wait=True)
