@@ -81,7 +81,7 @@ def batcher(gate: Gate, watch: Watch | None = None, **settings: Any) -> Batcher:
     return Batcher(
         gate.classifier,
         decoders=ThreadPoolExecutor(2),
-        turn=threading.Lock(),
+        computer=ThreadPoolExecutor(1, "opsin-compute"),
         observer=watch or Watch(),
         **settings,
     )
@@ -267,7 +267,7 @@ def test_a_call_has_the_model_for_itself(gate: Gate, run: Any) -> None:
     async def test() -> None:
         queue = batcher(gate)
         assert await queue.call(lambda model: (threading.current_thread().name, len(model.labels or ()))) == (
-            f"opsin-model {gate.classifier.source.name}",
+            "opsin-compute_0",
             7,
         )
         assert await queue.call(lambda model: None) is None

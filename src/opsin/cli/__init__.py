@@ -41,6 +41,7 @@ from opsin.cli.output import (
     stdin_texts,
 )
 from opsin.cli.search import search
+from opsin.cli.serve import serve
 from opsin.cli.speed import RATE, autopilot, optimize, say_drift, speed_options
 from opsin.cli.training import doctor, evaluate_command, train
 from opsin.cli.verify import compare, verify
@@ -527,5 +528,5 @@ def describe(classifier: "Classifier", *, task: str) -> dict[str, Any]:
     }
 
 
-for command in (train, evaluate_command, doctor, search, explain, compare, verify, export, bench, optimize):
+for command in (train, evaluate_command, doctor, search, explain, compare, verify, export, bench, optimize, serve):
     main.add_command(command)

@@ -17,8 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from opsin import __version__, pipeline
-from opsin.serve import huggingface
+from opsin.serve import classify, health, huggingface, inspect, open_inference, openai, page
 from opsin.serve.fleet import Fleet
+from opsin.serve.guard import Guard
 from opsin.serve.intake import ClientLeft
 from opsin.serve.metrics import Metrics
 from opsin.serve.refusals import (
@@ -71,13 +72,15 @@ def create_app(
         redoc_url=None,
     )
     app.state.settings, app.state.metrics = settings, metrics
-    for protocol in (huggingface,):
+    for protocol in (health, huggingface, classify, open_inference, openai, page, inspect):
         app.include_router(protocol.router)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _refused)
     app.add_exception_handler(ClientLeft, _refused)
     app.add_exception_handler(Exception, _refused)
+    # outermost: `add_middleware` would put it inside what answers unforeseen errors
+    app.middleware_stack = Guard(app.build_middleware_stack(), settings, metrics)
     return app
 
 

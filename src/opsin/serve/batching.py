@@ -1,10 +1,13 @@
 """requests → batches → answers: one queue and one thread for each model.
 
-    submit ─▶ queue, by due time ─▶ batch of one kind ─▶ decode, all cores ─▶ forward ─▶ answers, in one wake-up
-              on the event loop     on the model's thread
+    infer ─▶ queue, by due time ─▶ batch of one kind ─▶ decode, all cores ─▶ forward ─▶ answers, in one wake-up
+             on the event loop     on the model's thread     on the one thread that computes, for all models
 
 On a CPU the images of a batch are decoded when it is its turn, as `Classifier.load_batches` does: what is decoded while
 the model runs slows both. On a GPU they are decoded as they come in.
+
+One thread computes for all models: every thread that torch computes in has its own OpenMP team, and where there are
+more of those than cores they sleep between any two layers. A single image then takes three times as long.
 
 An image has its own answer whatever its neighbours are: what cannot be decoded never reaches a batch, and a batch that
 raises is halved until the one that is at fault is alone.
@@ -47,7 +50,7 @@ class Answer(NamedTuple):
 
 
 class Observer(Protocol):
-    """Who is told what each batch cost; called on the model's thread."""
+    """Who is told what each batch cost; called on the thread that computes."""
 
     def batch(self, size: int, *, waited: Sequence[float], decode: float, forward: float) -> None: ...
 
@@ -82,7 +85,7 @@ class Batcher:
     Args:
         classifier: what computes.
         decoders: threads that decode, shared by all models.
-        turn: held while a batch is decoded and computed, shared by the models of one device.
+        computer: one thread, which computes for all models.
         max_batch, max_wait_ms, max_queue: as in `Settings`.
         observer: is told of each batch.
         arriving: how many requests are being read now; without any, no batch waits for more images.
@@ -93,7 +96,7 @@ class Batcher:
         classifier: Classifier,
         *,
         decoders: ThreadPoolExecutor,
-        turn: threading.Lock,
+        computer: ThreadPoolExecutor,
         max_batch: int,
         max_wait_ms: float,
         max_queue: int,
@@ -103,7 +106,7 @@ class Batcher:
         self.classifier = classifier
         self._arriving = arriving
         self._decoders = decoders
-        self._turn = turn
+        self._computer = computer
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait_ms / 1e3, max_queue
         self._observer = observer
         self._loop = asyncio.get_running_loop()
@@ -137,13 +140,14 @@ class Batcher:
             return f"a batch has been running for {time.monotonic() - since:.0f} seconds"
         return None
 
-    async def infer(self, sources: Sequence[ImageSource | Tensor], want: Want) -> list[Answer | Refusal]:
+    async def infer(self, sources: Sequence[ImageSource | Tensor | ImageError], want: Want) -> list[Answer | Refusal]:
         """The answer to each image of a request, in order; what cannot be answered is a `Refusal` in its place.
 
         Cancelled, it takes its images out of the queue.
 
         Args:
-            sources: encoded bytes, uint8 arrays (H, W, 3), or normalised pixels (3, H, W) float32 of the model's size.
+            sources: encoded bytes, uint8 arrays (H, W, 3), or normalised pixels (3, H, W) float32 of the model's size;
+                an `ImageError` that was met on the way is that image's answer.
             want: "logits" or "features".
         Raises:
             TooLarge: more images than the queue has places.
@@ -163,7 +167,7 @@ class Batcher:
         return await self._submit(sources, lambda source: (want, isinstance(source, Tensor)))
 
     async def call(self, function: Callable[[Classifier], Any]) -> Any:
-        """What a function of the model returns, computed alone on the model's thread; what it raises is raised."""
+        """What a function of the model returns, computed alone where the model computes; what it raises is raised."""
         return await self._submit([None], lambda _: None, function)
 
     async def _submit(
@@ -222,7 +226,7 @@ class Batcher:
         try:
             while jobs := self._next():
                 self._busy_since = time.monotonic()
-                self._run(jobs)
+                self._computer.submit(self._run, jobs).result()
                 self._busy_since, self._hand = None, []
                 self._restart_seconds = RESTART_SECONDS
         except BaseException:
@@ -289,16 +293,13 @@ class Batcher:
         return batch
 
     def _run(self, jobs: list[_Job]) -> None:
-        with self._turn:
-            start = time.monotonic()
-            function = jobs[0].request.function
-            if function is not None:
-                self._give(jobs[0], self._called(function))
-                decode = forward = 0.0
-            else:
-                decode, forward = self._images(jobs)
-        seconds = time.monotonic() - start
-        if function is None:
+        start = time.monotonic()
+        function = jobs[0].request.function
+        if function is not None:
+            self._give(jobs[0], self._called(function))
+        else:
+            decode, forward = self._images(jobs)
+            seconds = time.monotonic() - start
             rate = len(jobs) / max(seconds, 1e-6)
             self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
             waited = [start - job.request.arrived for job in jobs]

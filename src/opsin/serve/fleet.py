@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -74,8 +73,8 @@ class Fleet:
         self._metrics = metrics
         self._load = load
         self._decoders = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="opsin-decode")
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="opsin-load")
-        self._turn = threading.Lock()
+        self._computer = ThreadPoolExecutor(1, thread_name_prefix="opsin-compute")
+        self._loading = asyncio.Lock()
 
     def find(self, name: str | None) -> Model:
         """A model by its name, loaded or not; the default one without a name.
@@ -137,13 +136,14 @@ class Fleet:
         settings = self.settings
         began = time.monotonic()
         try:
-            await self._make_room(model)
-            classifier = await asyncio.get_running_loop().run_in_executor(self._loader, self._loaded, model.source)
+            async with self._loading:
+                await self._make_room(model)
+                classifier = await self._loaded(model.source)
             model.memory_bytes, model.error = classifier.memory_bytes, None
             model.batcher = Batcher(
                 classifier,
                 decoders=self._decoders,
-                turn=self._turn,
+                computer=self._computer,
                 max_batch=settings.max_batch,
                 max_wait_ms=settings.max_wait_ms,
                 max_queue=settings.max_queue,
@@ -161,20 +161,24 @@ class Fleet:
             model.loading = None
             self._metrics.memory({each.name: each.memory_bytes for each in self.models.values() if each.batcher})
 
-    def _loaded(self, source: str) -> Classifier:
-        settings = self.settings
-        classifier = self._load(
-            source,
-            dtype=settings.dtype,
-            engine=settings.engine,
-            decode=settings.decode,
-            device=str(find_device(settings.device)),
-            max_pixels=settings.max_pixels,
-        )
+    async def _loaded(self, source: str) -> Classifier:
+        settings, loop = self.settings, asyncio.get_running_loop()
+        options = {
+            "dtype": settings.dtype,
+            "engine": settings.engine,
+            "decode": settings.decode,
+            "device": str(find_device(settings.device)),
+            "max_pixels": settings.max_pixels,
+        }
+        loader = ThreadPoolExecutor(1, thread_name_prefix="opsin-load")
+        try:
+            classifier = await loop.run_in_executor(loader, lambda: self._load(source, **options))
+        finally:
+            loader.shutdown(wait=False)  # OpenMP's team of that thread ends with it
         if not isinstance(classifier, Classifier):
             raise ModelError(f"{source} is a {type(classifier).__name__}; the server is for models of images.")
-        height, width = classifier.image_size  # the first pass packs and compiles: it is no request's
-        classifier.forward([np.zeros((height, width, 3), np.uint8)], embed=True)
+        first = np.zeros((*classifier.image_size, 3), np.uint8)  # packs and compiles: no request should wait for that
+        await loop.run_in_executor(self._computer, lambda: classifier.forward([first], embed=True))
         return classifier
 
     async def _make_room(self, wanted: Model) -> None:
@@ -216,5 +220,5 @@ class Fleet:
         """Answer all that was taken."""
         for model in self.models.values():
             await self.unload(model)
-        self._loader.shutdown(wait=False, cancel_futures=True)
-        self._decoders.shutdown(wait=True)
+        for pool in (self._computer, self._decoders):
+            pool.shutdown(wait=True)
