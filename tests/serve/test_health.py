@@ -39,7 +39,7 @@ class Spoilt:
     """Loads a model whose pass is `spoil(outputs, number of the pass)`; the first one, of loading, is pass 0."""
 
     def __init__(self, spoil: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
-        self.spoil, self.passes = spoil, 0
+        self.spoil, self.passes, self.images = spoil, 0, 0
 
     def __call__(self, name: str, **options: Any) -> Classifier:
         classifier: Classifier = load(name, **options)
@@ -47,10 +47,16 @@ class Spoilt:
 
         def spoilt(*args: Any, **kwargs: Any) -> torch.Tensor:
             self.passes += 1
+            self.images += len(args[0])
             return self.spoil(forward(*args, **kwargs), self.passes - 1)
 
         classifier.forward = spoilt  # type: ignore[method-assign]
         return classifier
+
+
+def late(output: torch.Tensor, number: int) -> torch.Tensor:
+    time.sleep(0.5 * (number > 1))
+    return output
 
 
 def in_loop(test: Coroutine[Any, Any, None]) -> None:
@@ -127,14 +133,15 @@ def test_a_canary_is_shared_and_kept_for_a_while(tiny: Path, monkeypatch: pytest
 
     async def test() -> None:
         async with running(tiny, model) as (_, client):
-            before = model.passes
+            before = model.images
             answers = await asyncio.gather(*(client.get("/health") for _ in range(23)))
             assert {answer.status_code for answer in answers} == {200}
             assert answers[0].json()["models"]["org/tiny"]["ms"] > 0
-            assert model.passes == before + 1
+            assert (await client.get("/health")).json() == answers[0].json()
+            assert model.images == before + 1
             monkeypatch.setattr(health, "FRESH_SECONDS", 0)
-            await client.get("/health")
-            assert model.passes == before + 2
+            assert (await client.get("/health")).status_code == 200
+            assert model.images == before + 2
 
     in_loop(test())
 
@@ -145,7 +152,7 @@ def test_a_canary_is_shared_and_kept_for_a_while(tiny: Path, monkeypatch: pytest
         (lambda output, number: output * float("nan") if number > 1 else output, "not finite"),
         (lambda output, number: output + number, "its answer to one and the same image has changed, by 1"),
         (lambda output, number: 1 / 0 if number > 1 else output, "the model failed on it"),
-        (lambda output, number: [time.sleep(0.5 * (number > 1)), output][1], "it has not answered in 0.1 seconds"),
+        (late, "it has not answered in 0.1 seconds"),
     ],
     ids=["nan", "changed", "raises", "hangs"],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Hugging Face's protocol: through its own client and by hand, beside `opsin.load`; what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,19 @@ def test_a_model_without_a_head_has_no_labels(serve: Callable[..., str], tiny: P
         refused(client.post("/", content=photo(0)), 422, "org/tiny has no classifier: it gives embeddings")
     with pytest.raises(NoHead):
         load(tiny)(photo(0))
+
+
+def test_several_labels_have_sigmoids(serve: Callable[..., str], model: Classifier) -> None:
+    def load(*args: Any, **options: Any) -> Classifier:
+        found: Classifier = opsin.load(*args, **options)
+        assert found.labels is not None
+        found.labels = replace(found.labels, multi_label=True)
+        return found
+
+    with httpx.Client(base_url=serve(load=load)) as client:
+        rows = client.post("/", content=photo(2)).json()
+    scores = model.logits(photo(2))[0].sigmoid().sort(descending=True).values[:5]
+    assert [row["score"] for row in rows] == pytest.approx(scores.tolist(), abs=1e-5)
 
 
 def test_equal_scores_stand_by_index(serve: Callable[..., str]) -> None:

@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 import opsin
 from opsin.pipeline import Classifier
+from opsin.serve import intake
 from protocols import SIDES, photo, pixels, refused, text
 
 triton = pytest.importorskip("tritonclient.http", reason="the client that speaks this protocol")
@@ -79,8 +81,11 @@ def test_their_client_asks_what_is_there(theirs: Any) -> None:
         theirs.get_model_metadata("org/tiny", "3")
 
 
-@pytest.mark.parametrize("binary", [True, False])
-def test_their_client_sends_every_kind_of_tensor(theirs: Any, model: Classifier, binary: bool) -> None:
+@pytest.mark.parametrize(("binary", "large"), [(True, 0), (False, 0), (True, intake.LARGE), (False, intake.LARGE)])
+def test_their_client_sends_every_kind_of_tensor(
+    theirs: Any, model: Classifier, binary: bool, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "LARGE", large)  # 0: all is done on threads
     order = [2, 0, 1]
     encoded = files(*order) if binary else np.array([text(photo(place)).encode() for place in order], np.object_)
     same_size = np.stack([pixels(1), pixels(1)[::-1], pixels(1)[:, ::-1]])
@@ -134,9 +139,14 @@ def test_more_classes_than_there_are_and_of_features(client: httpx.Client, model
 
 @pytest.mark.parametrize("name", ["gzip", "deflate"])
 def test_their_client_compresses_both_ways(theirs: Any, model: Classifier, name: str) -> None:
-    seen: list[Any] = []
+    seen = []
     post = theirs._post
-    theirs._post = lambda *args, **options: seen.append(post(*args, **options)) or seen[-1]
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append(post(*args, **options))
+        return seen[-1]
+
+    theirs._post = watched
     answer = theirs.infer(
         "org/tiny",
         sent(pixels(2)[None], "UINT8"),
@@ -195,7 +205,7 @@ def test_several_labels_have_sigmoids(serve: Callable[..., str], model: Classifi
     def load(*args: Any, **options: Any) -> Classifier:
         found: Classifier = opsin.load(*args, **options)
         assert found.labels is not None
-        found.labels = type(found.labels)(found.labels.names, multi_label=True)
+        found.labels = replace(found.labels, multi_label=True)
         return found
 
     with httpx.Client(base_url=serve(load=load)) as client:
@@ -206,7 +216,6 @@ def test_several_labels_have_sigmoids(serve: Callable[..., str], model: Classifi
 
 def test_json_that_is_refused(client: httpx.Client) -> None:
     good = pixels(0)[:2, :3].ravel().tolist()
-    nan = "numbers"
     for asked, says in [
         ([], 'the JSON is a list of 0; it must be an object with "inputs"'),
         ({}, '"inputs" is null; it must be a list of one object'),
@@ -217,7 +226,7 @@ def test_json_that_is_refused(client: httpx.Client) -> None:
         (body(good, datatype="FP16"), '"datatype" of "image" is "FP16". Known: UINT8, FP32, BYTES'),
         (body(good, datatype=["UINT8"]), '"datatype" of "image" is a list of 1'),
         (body(good, shape=()), r'shape \[\]; of UINT8 it is \[B, H, W, 3\]'),
-        (body(good, shape=(2, 3, 3)), r"shape \[2, 3, 3\]; of UINT8 it is \[B, H, W, 3\]: rows, columns, channels last"),
+        (body(good, shape=(2, 3, 3)), r"\[2, 3, 3\]; of UINT8 it is \[B, H, W, 3\]: rows, columns, channels last"),
         (body(good, shape=(1, 3, 2, 3, 1)), r"it is \[B, H, W, 3\]"),
         (body(good, shape=(1, 3, 3, 2)), r"it is \[B, H, W, 3\]"),
         (body(good, shape=(1, -2, -3, 3)), r'"shape" of "image" is \[1,-2,-3,3\]; it must be a list of whole numbers'),
@@ -241,9 +250,9 @@ def test_json_that_is_refused(client: httpx.Client) -> None:
         (body("AAAA"), '"image" has no "data", a list'),
         (body(None), '"image" has no "data", a list'),
         (body([0] * 3072, shape=(1, 3, 31, 32), datatype="FP32"), r"of FP32 it is \[B, 3, 32, 32\]: channels first"),
-        (body(["1"] * 3072, shape=(1, 3, 32, 32), datatype="FP32"), f"values that are not FP32: {nan}"),
-        (body([None] * 3072, shape=(1, 3, 32, 32), datatype="FP32"), f"values that are not FP32: {nan}"),
-        (body([0] * 3071 + [1e39], shape=(1, 3, 32, 32), datatype="FP32"), r"image\[0\] has pixels that are not finite"),
+        (body(["1"] * 3072, shape=(1, 3, 32, 32), datatype="FP32"), "values that are not FP32: numbers"),
+        (body([None] * 3072, shape=(1, 3, 32, 32), datatype="FP32"), "values that are not FP32: numbers"),
+        (body([0] * 3071 + [1e39], shape=(1, 3, 32, 32), datatype="FP32"), r"image\[0\] has pixels that are not"),
         (body(["AAAA"], shape=(1, 2), datatype="BYTES"), r"of BYTES it is \[B\] or \[B, 1\]"),
         (body(["AAAA"], shape=(2,), datatype="BYTES"), "has 1 values; shape"),
         (body([7], shape=(1,), datatype="BYTES"), "the image is 7; it must be a string"),
@@ -252,7 +261,7 @@ def test_json_that_is_refused(client: httpx.Client) -> None:
         (body(good, tensor={"parameters": 3}), '"parameters" of "image" is 3'),
         (body(good, id=7), '"id" is 7; it must be a string'),
         (body(good, parameters=[1]), '"parameters" of the request is a list of 1'),
-        (body(good, parameters={"binary_data_output": "yes"}), '"binary_data_output" is "yes"; it must be true or false'),
+        (body(good, parameters={"binary_data_output": "yes"}), '"binary_data_output" is "yes"; it must be true'),
         (body(good, outputs={}), '"outputs" is an object of 0'),
         (body(good, outputs=["logits"]), 'an output is "logits"; it must be an object with "name"'),
         (body(good, outputs=[{"name": "logit"}]), 'no output "logit". Did you mean "logits"'),
@@ -287,7 +296,7 @@ def test_binary_tensors_that_are_refused(client: httpx.Client, model: Classifier
         (asked(18, (2**62, 1, 1, 3)), bytes(18), 0, None),
         (asked(18), bytes(18), 10**6, "it must be a number from 0 to"),
         (asked(18), bytes(18), "-5", 'is "-5"; it must be a number'),
-        (asked(18), bytes(18), "٣", "it must be a number"),
+        (asked(18), bytes(18), "1_0", "it must be a number"),
         (asked(18), bytes(18), "9" * 5000, "it must be a number"),
         (json.dumps(body([0] * 18)).encode(), b"x", 0, '1 bytes follow the JSON, and "image" has no'),
         (asked(floats.nbytes, floats.shape, "FP32"), floats.tobytes(), 0, r"image\[1\] has pixels that are not finite"),
@@ -301,9 +310,8 @@ def test_binary_tensors_that_are_refused(client: httpx.Client, model: Classifier
         (asked(8, [2**40], "BYTES"), bytes(8), 0, None),
     ]:
         headers = {} if length is None else {"Inference-Header-Content-Length": str(length or len(head))}
-        sent = httpx.Request("POST", client.base_url.join(INFER), content=head + data)
-        sent.headers.update({name: value.encode() for name, value in headers.items()})
-        refused(client.send(sent), 400 if says else 413, says or "images are more than the 256|are over the 50,000,000")
+        answer = client.post(INFER, content=head + data, headers=headers)
+        refused(answer, 400 if says else 413, says or "images are more than the 256|are over the 50,000,000")
 
 
 def test_an_image_that_cannot_be_read_refuses_all_and_names_itself(theirs: Any, client: httpx.Client) -> None:

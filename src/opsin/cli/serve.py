@@ -2,13 +2,24 @@
 
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from opsin.cli.output import DEFAULT_MODEL, fail
 
+if TYPE_CHECKING:
+    from opsin.serve.settings import Settings
+
 UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}  # powers of two
+NAMES = {  # of settings whose flags, and so environment variables, have others
+    "model": "models",
+    "max_memory": "max_memory_bytes",
+    "max_body": "max_body_bytes",
+    "api_key": "api_keys",
+    "cors_origin": "cors_origins",
+    "allow_url_host": "allow_url_hosts",
+}
 EXTRA = {"fastapi", "starlette", "uvicorn", "httptools", "python_multipart", "prometheus_client", "orjson"}
 
 
@@ -32,9 +43,8 @@ SIZE = Size()
 @click.command(short_help="Serve models over HTTP, with a page.")
 @click.option(
     "--model",
-    "models",
     default=[DEFAULT_MODEL],
-    show_default=DEFAULT_MODEL,
+    show_default=True,
     multiple=True,
     metavar="[NAME=]SOURCE",
     help="What to serve, and its name in requests; repeat it for several. The first is the default one.",
@@ -73,7 +83,6 @@ SIZE = Size()
 @click.option("--lazy", is_flag=True, help="Load a model when it is first asked for.")
 @click.option(
     "--max-memory",
-    "max_memory_bytes",
     type=SIZE,
     metavar="SIZE",
     help="Of all models together, such as 4G; the one not used for longest is unloaded.",
@@ -94,9 +103,7 @@ SIZE = Size()
     help="Images that wait for one model; a request that finds no room is answered 429.",
 )
 @click.option("--max-items", type=click.IntRange(1), default=256, show_default=True, help="Images of one request.")
-@click.option(
-    "--max-body", "max_body_bytes", type=SIZE, default="32M", show_default=True, metavar="SIZE", help="Of one request."
-)
+@click.option("--max-body", type=SIZE, default="32M", show_default=True, metavar="SIZE", help="Of one request.")
 @click.option(
     "--max-pixels", type=click.IntRange(1), default=50_000_000, show_default=True, help="Of one image, decoded."
 )
@@ -109,18 +116,13 @@ SIZE = Size()
 )
 @click.option(
     "--api-key",
-    "api_keys",
     multiple=True,
     metavar="KEY",
     help="What requests must bring; repeat it for several. Other users of this machine can read command lines: "
     "set OPSIN_SERVE_API_KEY instead.",
 )
-@click.option(
-    "--cors-origin", "cors_origins", multiple=True, metavar="URL", help="A site whose pages may send requests."
-)
-@click.option(
-    "--allow-url-host", "allow_url_hosts", multiple=True, metavar="HOST", help="A host that images may be fetched from."
-)
+@click.option("--cors-origin", multiple=True, metavar="URL", help="A site whose pages may send requests.")
+@click.option("--allow-url-host", multiple=True, metavar="HOST", help="A host that images may be fetched from.")
 @click.option("--drain-seconds", type=click.FloatRange(0), default=1.0, show_default=True,
               help="That connections are still taken after SIGTERM or Ctrl-C, while /readyz says 503.")  # fmt: skip
 def serve(host: str, port: int, workers: int, drain_seconds: float, **options: Any) -> None:
@@ -138,13 +140,25 @@ def serve(host: str, port: int, workers: int, drain_seconds: float, **options: A
 
     try:
         from opsin.serve.run import run
-        from opsin.serve.settings import Settings
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
         fail(MissingExtra(error.name, "serve"))
     try:
-        settings = Settings(**options)
+        settings = as_settings(options)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     sys.exit(run(settings, host=host, port=port, workers=workers, drain_seconds=drain_seconds))
+
+
+def as_settings(options: dict[str, Any]) -> "Settings":
+    from opsin.serve.settings import Settings
+
+    return Settings(**{NAMES.get(name, name): value for name, value in options.items()})
+
+
+def settings_from_environment() -> "Settings":
+    """Those of `opsin serve` without a flag, for a server that others start."""
+    with serve.make_context("serve", [], auto_envvar_prefix="OPSIN_SERVE") as context:
+        of_process = ("host", "port", "workers", "drain_seconds")
+        return as_settings({name: value for name, value in context.params.items() if name not in of_process})

@@ -183,7 +183,7 @@ def parse_form(body: bytes, content_type: str, max_files: int) -> list[Upload]:
         check_names([_text(options.get(b"name", b""))], ("file", "files"), "field")
         uploads.append(Upload(_text(options.get(b"filename", b""))[:255] or f"image[{place}]", data))
     if not uploads:
-        raise BadRequest("the form has no files. Send one: curl -F file=@cat.jpg")
+        raise BadRequest("the form has no files. `curl -F file=@cat.jpg` sends one.")
     return uploads
 
 

@@ -4,10 +4,9 @@
      ▲                                                                                             │
      └────────────────────────────── redirect: everything again ◀──────────────────────────────────┘
 
-Written on asyncio's streams and h11, which uvicorn brings along: a stream is opened to an address and checks the
-certificate of a name, so that nothing resolves the name again, and looks for no proxy; and one deadline holds for the
-names, the connections, the redirects and every byte. http.client has a deadline for each read, in a thread that cannot be
-stopped.
+Written on asyncio's streams and h11, which uvicorn brings along. A stream is opened to an address and checks the
+certificate of a name, so nothing resolves the name again, or looks for a proxy; and one deadline holds for the names,
+the connections, the redirects and every byte. http.client has one for each read, in a thread that cannot be stopped.
 """
 
 import asyncio

@@ -30,6 +30,7 @@ from opsin.serve.refusals import BadRequest, BodyTimeout, Failed, Refusal, TooLa
 from opsin.serve.settings import Settings
 
 MAX_HEAD_BYTES = 2**16  # of a request's first line and headers, trailers included
+FRAME_BYTES = 64  # at most, around each part of a request: the method, the ends of lines, the length of a chunk
 HEAD_SECONDS = 10.0  # from a connection's first moment, or a later request's first byte, to the end of the headers
 WRITE_SECONDS = 60.0  # that a client may leave an answer unread
 LINGER_SECONDS = 2.0  # that the rest of a body is thrown away after an early answer
@@ -304,7 +305,7 @@ class _Exchange:
         scope, state = self._scope, self._state
         seconds = (self._answered or time.monotonic()) - self._began
         route = getattr(scope.get("route"), "path", "unmatched")
-        error = state.get("error")
+        error, model = state.get("error"), scope.get("path_params", {}).get("model")
         self._guard.metrics.request(route=route, status=self._status, seconds=seconds, error=error)
         if not access.isEnabledFor(logging.INFO):
             return
@@ -316,7 +317,7 @@ class _Exchange:
             "status": self._status,
             "ms": round(1e3 * seconds, 3),
             "bytes_in": self._body_bytes,
-            "model": state.get("model"),
+            "model": model and model[:200],
             "error": error,
         }
         # without the query, which may hold keys; json writes control characters and all that is not ASCII as \uXXXX
@@ -333,7 +334,7 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0  # of the headers and trailers of the request that is being read
-        self._open_bytes = 0  # received, and nothing has come of them yet: half a header, empty lines
+        self._open_bytes = 0  # received, and nothing has come of them: half a header, empty lines
         self._head_timer: TimerHandle | None = None
         self._write_timer: TimerHandle | None = None
 
@@ -369,16 +370,18 @@ class Protocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._open_bytes = 0
         self._stop_head_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._open_bytes = 0
+        self._came(len(body))
         super().on_body(body)
 
+    def _came(self, length: int) -> None:
+        self._open_bytes = max(0, self._open_bytes - length - FRAME_BYTES)
+
     def _count(self, length: int) -> None:
-        self._open_bytes = 0
+        self._came(length)
         self._head_bytes += length
         if self._head_bytes > MAX_HEAD_BYTES:
             raise ValueError("too many headers")  # inside the parser, which ends with `send_400_response`

@@ -15,7 +15,7 @@ import numpy as np
 from fastapi import APIRouter
 from starlette.datastructures import State
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from opsin.serve.batching import Batcher
 from opsin.serve.fleet import Fleet
@@ -56,7 +56,7 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "healthy", "models": {name: {"ms": ms} for name, ms in sung.ms.items()}})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Counts and times, as Prometheus reads them."""
     told: Metrics = request.app.state.metrics

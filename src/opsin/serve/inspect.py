@@ -58,7 +58,7 @@ async def explain(
     found = fleet(request).get(model)
     if not isinstance(found.classifier.model, ViT | ImagePerceiver):
         raise Unprocessable(
-            f"{found.name} has no attention to show: it is a {type(found.classifier.model).__name__}. "
+            f"{found.name} is neither a ViT nor a Perceiver, whose attention is shown here. "
             "`opsin explain --method occlusion` works for any model."
         )
     assert found.batcher is not None

@@ -18,6 +18,7 @@ from opsin.errors import ImageError
 from opsin.labels import Labels, Prediction
 from opsin.preprocess import ImageSource
 from opsin.serve.batching import Answer, Want
+from opsin.serve.fetch import fetch
 from opsin.serve.fleet import Fleet, Model
 from opsin.serve.refusals import BadRequest, Refusal, TooLarge, Unprocessable, WrongMediaType
 from opsin.serve.settings import Settings
@@ -159,15 +160,12 @@ async def image_of(request: Request, text: Any, name: str, *, max_bytes: int | N
         max_bytes: of what is fetched; without it, as many as a body may have.
     Raises:
         BadRequest: it is no string.
-        Unprocessable: it is neither.
-        Refusal: it cannot be fetched, or must not be.
+        Refusal: it is none of these, or cannot be fetched, or must not be.
     """
     if not isinstance(text, str):
         raise BadRequest(f"{name} is {shown(text)}; it must be a string: base64, a data URL or a URL.")
     if not text[:8].lower().startswith(("http://", "https://")):
         return await aside(len(text), from_base64, text, name)
-    from opsin.serve.fetch import fetch
-
     limits = settings(request)
     limit = limits.max_body_bytes if max_bytes is None else max_bytes
     found: bytes = await while_there(request, fetch(text, allow_hosts=limits.allow_url_hosts, max_bytes=limit))

@@ -109,6 +109,8 @@ _BODY = {
 }
 
 
+# Of two paths above one function the lower is tried first: a model's name takes all that is left to it.
+
 # ── what is there ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -132,8 +134,8 @@ async def ready(request: Request) -> dict[str, bool]:
     return {"ready": True}
 
 
-@router.get("/models/{model:path}/versions/{version}/ready")
 @router.get("/models/{model:path}/ready")
+@router.get("/models/{model:path}/versions/{version}/ready")
 async def model_ready(request: Request, model: str, version: str = VERSION) -> dict[str, Any]:
     """A model answers, or 503 with the reason. To ask loads no model: that might push out one in use."""
     found = _find(request, model, version)
@@ -142,8 +144,8 @@ async def model_ready(request: Request, model: str, version: str = VERSION) -> d
     return {"name": found.name, "ready": True}
 
 
-@router.get("/models/{model:path}/versions/{version}")
 @router.get("/models/{model:path}")
+@router.get("/models/{model:path}/versions/{version}")
 async def metadata(request: Request, model: str, version: str = VERSION) -> dict[str, Any]:
     """What a model takes and gives."""
     found = fleet(request).get(_find(request, model, version).name)
@@ -198,8 +200,8 @@ class Asked(NamedTuple):
     wanted: list[Wanted]
 
 
-@router.post("/models/{model:path}/versions/{version}/infer", openapi_extra=_BODY)
 @router.post("/models/{model:path}/infer", openapi_extra=_BODY)
+@router.post("/models/{model:path}/versions/{version}/infer", openapi_extra=_BODY)
 async def inference(request: Request, model: str, version: str = VERSION) -> Response:
     """The outputs for a tensor of images."""
     name = _find(request, model, version).name
@@ -210,9 +212,7 @@ async def inference(request: Request, model: str, version: str = VERSION) -> Res
     wanted = {each.name for each in asked.wanted}
     if wanted & {"logits", "probabilities"}:
         found = await infer(request, fleet(request).get(name), asked.sources, "logits")
-        rows["logits"] = logits = _stacked(found)
-        scores: Scores = "sigmoid" if classifier.labels and classifier.labels.multi_label else "softmax"
-        rows["probabilities"] = activated(logits.astype(np.float64), scores).astype(np.float32)
+        rows["logits"] = _stacked(found)
     if "features" in wanted:
         found = await infer(request, fleet(request).get(name), asked.sources, "features")
         rows["features"] = _stacked(found)
@@ -474,7 +474,7 @@ def _numbers(values: list[Any], datatype: str) -> bytes:
 
 def _wrong_shape(shape: list[int], datatype: str, expected: str) -> BadRequest:
     axes = {"UINT8": ": rows, columns, channels last", "FP32": ": channels first, of the model's size"}
-    return BadRequest(f'"image" has shape {shape}; of {datatype} it is {expected}{axes.get(datatype, "")}.')
+    return BadRequest(f'"image" has shape {str(shape)[:100]}; of {datatype} it is {expected}{axes.get(datatype, "")}.')
 
 
 # ── the answer ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -485,7 +485,7 @@ def _response(
 ) -> Response:
     outputs, binaries = [], []
     for wanted in asked.wanted:
-        values = rows[wanted.name]
+        values = _probabilities(rows["logits"], labels) if wanted.name == "probabilities" else rows[wanted.name]
         output: dict[str, Any] = {"name": wanted.name, "datatype": "FP32", "shape": list(values.shape)}
         data: Any = values.ravel()
         if wanted.classes:
@@ -510,6 +510,11 @@ def _response(
         headers["Content-Encoding"] = encoding
         body = ENCODERS[encoding](body)
     return Response(body, headers=headers, media_type=f"application/{'octet-stream' if binaries else 'json'}")
+
+
+def _probabilities(logits: np.ndarray, labels: Labels | None) -> np.ndarray:
+    scores: Scores = "sigmoid" if labels and labels.multi_label else "softmax"
+    return activated(logits.astype(np.float64), scores).astype(np.float32)
 
 
 def _classes(values: np.ndarray, count: int, labels: Labels | None) -> list[str]:

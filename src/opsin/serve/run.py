@@ -60,7 +60,8 @@ def run(
     Args:
         settings: models and limits, of each worker.
         host, port: where to listen; 0 takes a free port, and the log says which.
-        workers: processes; each has all models, and its share of the cores.
+        workers: processes; each has all models, and its share of the cores. Of several, nobody is answered until one
+            has its models; one alone says 503 while it loads them.
         drain_seconds: for which connections are still taken after the first signal.
     Returns:
         The exit code: 0 drained, 1 the port cannot be had, 4 a model cannot be loaded, 130 stopped at once.
@@ -121,7 +122,7 @@ def _let_nobody_in(listener: socket.socket) -> None:
     program = [(load, 0, 0, 13), (jump, 0, 1, 0x02), (end, 0, 0, 0), (end, 0, 0, 0xFFFF)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     attach_filter = 26  # SO_ATTACH_FILTER, which Python does not name
-    with contextlib.suppress(OSError):
+    if sys.platform == "linux":
         listener.setsockopt(socket.SOL_SOCKET, attach_filter, struct.pack("HP", len(program), ctypes.addressof(code)))
 
 
@@ -137,14 +138,15 @@ def _has_unread(descriptor: int) -> bool:
 # ── one process that serves ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _serve(
-    settings: Settings, listener: socket.socket, drain_seconds: float, parent: int | None = None, waits: bool = False
-) -> int:
-    server = Server(settings, drain_seconds=drain_seconds, parent=parent, waits=waits)
+def _serve(settings: Settings, listener: socket.socket, drain_seconds: float, parent: int | None = None) -> int:
+    server = Server(settings, drain_seconds=drain_seconds, parent=parent)
     server.run([listener])
     code = MODEL_FAILED if server.failed else DONE
-    if any(thread.name.startswith("opsin-load") for thread in threading.enumerate()):
-        os._exit(code)  # Python would wait for a model that is being downloaded
+    for thread in threading.enumerate():
+        if thread.name.startswith("opsin-load"):
+            thread.join(0.5)
+            if thread.is_alive():
+                os._exit(code)  # Python would wait for a model that is being downloaded
     return code
 
 
@@ -157,17 +159,15 @@ class Server(uvicorn.Server):
     Args:
         settings: the application's.
         drain_seconds: as in `run`.
-        parent: process id of the parent of a worker. Then a repeated signal stops nothing (it may be a terminal's or a
-            service manager's, to all processes of a group), and the worker does not outlive its parent.
-        waits: accept nobody before the models are loaded: there are workers that have them.
+        parent: process id of the parent of a worker. A worker accepts nobody before its models are loaded, as another
+            may have them already; a second signal stops nothing (service managers signal all processes of a group, and
+            so does the parent); and it does not outlive its parent.
     """
 
-    def __init__(
-        self, settings: Settings, *, drain_seconds: float, parent: int | None = None, waits: bool = False
-    ) -> None:
+    def __init__(self, settings: Settings, *, drain_seconds: float, parent: int | None = None) -> None:
         self.app = create_app(settings, on_failure=self._fail)
         self.failed = False
-        self._drain_seconds, self._parent, self._waits = drain_seconds, parent, waits
+        self._drain_seconds, self._parent = drain_seconds, parent
         super().__init__(
             uvicorn.Config(
                 self.app,
@@ -199,7 +199,8 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Unlike uvicorn's, does not raise the signal again at the end: the exit code is ours."""
-        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        handled = SIGNALS if self._parent is None else (signal.SIGTERM,)
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
         try:
             yield
         finally:
@@ -207,8 +208,6 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._parent is not None and sig == signal.SIGINT:
-            return  # of a terminal, to the parent too
         if self.should_exit and self._parent is None:
             os._exit(INTERRUPTED)
         self.should_exit = True
@@ -218,7 +217,7 @@ class Server(uvicorn.Server):
 
         async def start_and_load() -> None:
             await start()
-            while self._waits and self.app.state.fleet.problems and not self.should_exit:
+            while self._parent is not None and self.app.state.fleet.problems and not self.should_exit:
                 await asyncio.sleep(0.05)
 
         self.lifespan.startup = start_and_load
@@ -292,13 +291,12 @@ def _is_asked(connection: Any) -> bool:
 # ── several processes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _work(
-    settings: Settings, listener: socket.socket, drain_seconds: float, parent: int, waits: bool, workers: int
-) -> None:
+def _work(settings: Settings, listener: socket.socket, drain_seconds: float, parent: int, workers: int) -> None:
     """A worker's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal it comes to the parent too
     log_to_stderr()
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    sys.exit(_serve(settings, listener, drain_seconds, parent, waits))
+    sys.exit(_serve(settings, listener, drain_seconds, parent))
 
 
 def _supervise(settings: Settings, listener: socket.socket, workers: int, drain_seconds: float) -> int:
@@ -314,7 +312,7 @@ def _supervise(settings: Settings, listener: socket.socket, workers: int, drain_
         now = time.monotonic()
         while due and min(due) <= now:
             due.remove(min(due))
-            arguments = (settings, listener, drain_seconds, os.getpid(), bool(born), workers)
+            arguments = (settings, listener, drain_seconds, os.getpid(), workers)
             process: BaseProcess = context.Process(target=_work, args=arguments, name="opsin-worker")
             process.start()
             born[process] = now

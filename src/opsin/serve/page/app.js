@@ -42,6 +42,7 @@ export const WORDS = {
     onlyMean: 'mean', cross: 'cross-attention', self: (which, count) => `self ${which} of ${count}`,
     less: 'Little', most: 'much attention',
     layerOf: model => `Layer of ${model}`, headOf: model => `Head of ${model}`, noAttention: 'has no attention to show',
+    noLabels: 'This model gives embeddings and no labels: the map below is made of them.',
     waitingFor: 'appears with the first picture', alike: (name, cosine) => `most like ${name} (${cosine})`,
     snapshot: number => `camera-${number}.jpg`, pasted: (number, kind) => `pasted-${number}.${kind}`,
     noCamera: 'No camera: this browser has none, or gives it only to pages of https:// and localhost.',
@@ -68,6 +69,7 @@ export const WORDS = {
     onlyMean: '平均', cross: '交叉注意力', self: (which, count) => `自注意力 ${which} / ${count}`,
     less: '少', most: '注意力多',
     layerOf: model => `${model} 的层`, headOf: model => `${model} 的头`, noAttention: '没有可显示的注意力',
+    noLabels: '此模型只给出嵌入向量，没有标签：见下方的图。',
     waitingFor: '添加图片后显示', alike: (name, cosine) => `最像 ${name}（${cosine}）`,
     snapshot: number => `拍照-${number}.jpg`, pasted: (number, kind) => `粘贴-${number}.${kind}`,
     noCamera: '没有摄像头：浏览器没有，或只允许 https:// 和 localhost 的页面使用。',
@@ -361,6 +363,11 @@ const isShown = view => !view.picture.isGone && view.picture.views.includes(view
 async function classify(view) {
   const {picture, model} = view;
   const key = `${lang} ${model}`;
+  if (models.find(({id}) => id === model)?.classes === 0) {
+    view.answer.replaceChildren(make('p', {className: 'wait', textContent: t('noLabels')}));
+    placeOnMap(picture);
+    return;
+  }
   if (!picture.answers.has(key)) {
     view.answer.replaceChildren(make('p', {className: 'wait is-busy', textContent: t('looking')}));
     try {
