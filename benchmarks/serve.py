@@ -77,7 +77,7 @@ class Process:
 
     def __init__(self, name: str, command: Sequence[str], *, talks: bool = False) -> None:
         self.name = name
-        self._log = tempfile.TemporaryFile("w+b")
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115, it is read as long as there is the process
         self._process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE if talks else subprocess.DEVNULL,

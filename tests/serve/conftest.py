@@ -19,6 +19,7 @@ from opsin.labels import Labels
 from opsin.models.vit import ViT, ViTConfig
 from opsin.preprocess import PreprocessConfig
 from opsin.serve.app import create_app
+from opsin.serve.guard import Protocol
 from opsin.serve.settings import Settings
 
 NAMES = ("tabby cat", "espresso", "rocket", "otter", "lamp", "bridge", "plum")
@@ -48,7 +49,7 @@ def serve(tiny: Path) -> Iterator[Callable[..., str]]:
             settings.setdefault("models", (f"org/tiny={tiny}",))
             options = {} if load is None else {"load": load}
             app = create_app(Settings(dtype="fp32", **settings), **options)
-            server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on"))
+            server = uvicorn.Server(uvicorn.Config(app, port=0, http=Protocol, log_level="warning", lifespan="on"))
             thread = threading.Thread(target=server.run, daemon=True)
             thread.start()
             stack.callback(thread.join, 20)

@@ -331,7 +331,7 @@ def test_all_keys_are_compared(guarded: Callable[..., Guarded], monkeypatch: pyt
 
 def test_an_empty_key_is_refused_at_the_start() -> None:
     with pytest.raises(ValueError, match="an API key is empty. Give each at least one character"):
-        Guard(application(), Settings(api_keys=("sesame", "")), Told())
+        Settings(api_keys=("sesame", ""))
 
 
 def test_what_is_open_without_a_key(serve: Callable[..., str]) -> None:

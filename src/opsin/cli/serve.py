@@ -1,5 +1,6 @@
 """`opsin serve`: the flags of a server."""
 
+import os
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,9 @@ def serve(host: str, port: int, workers: int, drain_seconds: float, **options: A
     """
     from opsin.errors import MissingExtra
 
+    # between two layers threads wait this many turns before they sleep: enough for a single image, and not, as by
+    # default, so many that the threads of requests and of decoding find no core
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         from opsin.serve.run import run
     except ModuleNotFoundError as error:

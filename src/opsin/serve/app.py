@@ -7,7 +7,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -33,8 +32,6 @@ from opsin.serve.refusals import (
     refusal_response,
 )
 from opsin.serve.settings import Settings
-
-PAGE = Path(__file__).parent / "page"
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +81,11 @@ def create_app(
     return app
 
 
-def _refused(request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     """What went wrong, as the protocol of the path writes it; nothing of our own code."""
     refusal = _as_refusal(request, error)
     request.state.error = refusal.kind  # for the log
-    return refusal_response(request.url.path, refusal)
+    return refusal_response(request.scope["path"], refusal)
 
 
 def _as_refusal(request: Request, error: Exception) -> Refusal:
@@ -98,14 +95,14 @@ def _as_refusal(request: Request, error: Exception) -> Refusal:
         return BadRequest("the client has left.", kind="client_left")
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        return BadRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.")
+        return BadRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {str(first['input'])[:60]!r}.")
     if isinstance(error, HTTPException):
         refusal = {404: NotFound, 405: NotAllowed, 413: TooLarge, 415: WrongMediaType}.get(
             error.status_code, BadRequest
         )
-        message = f"{request.method} {request.url.path[:200]}: {error.detail}. `GET /openapi.json` lists what there is."
-        return refusal(message, headers=error.headers)
-    log.error("an error of our own", exc_info=error)
+        what = f"{request.method} {request.scope['path'][:200]}: {error.detail}."
+        return refusal(f"{what} `GET /openapi.json` lists what there is.", headers=error.headers)
+    log.error("request %s: an error of our own", request.state.request_id, exc_info=error)
     return Failed("an error of the server's own; its log has the cause, under this request's id.")
 
 

@@ -154,9 +154,11 @@ class Fleet:
             model.used_at = time.monotonic()
             log.info("%s is loaded: %.0f MB, %.1f s", model.name, model.memory_bytes / 1e6, model.load_seconds)
             await self._make_room(model)
-        except (OpsinError, ValueError) as error:
-            model.error, model.failed_at = str(error), time.monotonic()
-            log.error("%s could not be loaded: %s", model.name, error)
+        except Exception as error:
+            expected = isinstance(error, OpsinError | ValueError)
+            reason = str(error) if expected else f"{type(error).__name__}, which the log explains."
+            model.error, model.failed_at = reason, time.monotonic()
+            log.error("%s could not be loaded: %s", model.name, error, exc_info=None if expected else error)
         finally:
             model.loading = None
             self._metrics.memory({each.name: each.memory_bytes for each in self.models.values() if each.batcher})

@@ -55,15 +55,9 @@ access = logging.getLogger("opsin.serve.access")
 
 
 class Guard:
-    """ASGI middleware, for around the whole application: around what answers its unforeseen errors, too.
-
-    Raises:
-        ValueError: an empty key, which would open the server to everyone.
-    """
+    """ASGI middleware, for around the whole application: around what answers its unforeseen errors, too."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        if not all(settings.api_keys):
-            raise ValueError("an API key is empty. Give each at least one character; without any, the server is open.")
         self.app, self.settings, self.metrics = app, settings, metrics
         self._keys = [_digest(key.encode("utf-8", "surrogateescape")) for key in settings.api_keys]
         self._origins = {origin.rstrip("/").lower().encode() for origin in settings.cors_origins}
@@ -305,7 +299,7 @@ class _Exchange:
         scope, state = self._scope, self._state
         seconds = (self._answered or time.monotonic()) - self._began
         route = getattr(scope.get("route"), "path", "unmatched")
-        error, model = state.get("error"), scope.get("path_params", {}).get("model")
+        error, model = state.get("error"), state.get("model") or scope.get("path_params", {}).get("model")
         self._guard.metrics.request(route=route, status=self._status, seconds=seconds, error=error)
         if not access.isEnabledFor(logging.INFO):
             return

@@ -72,6 +72,7 @@ async def infer(
         Unprocessable: labels are asked of a model without a head.
         ClientLeft: it has.
     """
+    request.state.model = model.name  # for the log
     check_count(request, len(sources))
     if want == "logits" and model.classifier.labels is None:
         raise Unprocessable(f"{model.name} has no classifier: it gives embeddings. `POST /v1/embeddings` has them.")

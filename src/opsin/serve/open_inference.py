@@ -38,6 +38,7 @@ from opsin.labels import Labels
 from opsin.pipeline import Classifier
 from opsin.serve.batching import Answer
 from opsin.serve.fleet import Model
+from opsin.serve.health import problems
 from opsin.serve.intake import (
     REFUSALS,
     Scores,
@@ -129,7 +130,7 @@ async def live() -> dict[str, bool]:
 @router.get("/health/ready")
 async def ready(request: Request) -> dict[str, bool]:
     """Its models answer, or 503 with the reason."""
-    for name, problem in fleet(request).problems.items():
+    for name, problem in problems(request.app.state).items():
         raise NotReady(f"{name} is not ready: {problem}.")
     return {"ready": True}
 

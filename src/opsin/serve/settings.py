@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from opsin.pipeline import DEFAULT_MODEL
 from opsin.preprocess import Decode
+from opsin.serve.fetch import parse_allowed
 
 MIB = 2**20
 
@@ -13,7 +14,7 @@ class Settings:
     """Models, limits and keys; the defaults are those of `opsin serve`.
 
     Raises:
-        ValueError: a limit below 1, no model, or two models of one name.
+        ValueError: a limit below 1, no model, two models of one name, an empty key, or no host to fetch from.
     """
 
     models: tuple[str, ...] = (DEFAULT_MODEL,)  # what `opsin.load` takes, or NAME=that; the first is the default one
@@ -44,6 +45,10 @@ class Settings:
             raise ValueError(f"max_wait_ms is {self.max_wait_ms}; it must be at least 0.")
         if not self.models:
             raise ValueError("no model. Name at least one.")
+        if not all(self.api_keys):
+            raise ValueError("an API key is empty. Give each at least one character; without any, the server is open.")
+        for host in self.allow_url_hosts:
+            parse_allowed(host)
         self.sources  # noqa: B018, it checks the names
 
     @property
