@@ -31,6 +31,7 @@ DOCS = (
     "docs/trust.md",
     "docs/cluster.md",
     "docs/scale.md",
+    "docs/serving.md",
 )
 
 

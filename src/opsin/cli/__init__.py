@@ -77,6 +77,7 @@ def main() -> None:
     opsin export --model runs/1 --to onnx --out m.onnx
     opsin optimize --calibrate photos/ --out m-int8
     opsin bench --vs transformers,openvino
+    opsin serve --port 8000
     opsin models
     """
     click.get_current_context().color = False if os.environ.get("NO_COLOR") else None

@@ -275,7 +275,8 @@ class _Exchange:
             self._arrived()
             self._status = message["status"]
             self._closes = not self._body_complete
-            headers = [*message.get("headers", ()), (b"x-request-id", self._id)]
+            timing = b"app;dur=%.1f" % (1e3 * (time.monotonic() - self._began))
+            headers = [*message.get("headers", ()), (b"x-request-id", self._id), (b"server-timing", timing)]
             headers += self._guard.headers(self._scope, self._headers)
             if self._closes:
                 headers.append((b"connection", b"close"))
