@@ -13,8 +13,8 @@ import hashlib
 import hmac
 import json
 import logging
+import random
 import re
-import secrets
 import time
 from asyncio import TimerHandle, Transport
 from datetime import datetime, timezone
@@ -157,6 +157,11 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+def _new_id() -> bytes:
+    """Of a request: to tell it from others, and no secret."""
+    return b"%016x" % random.getrandbits(64)
+
+
 def _shown(value: bytes) -> str:
     return repr(value[:100].decode("latin-1"))
 
@@ -175,7 +180,7 @@ class _Exchange:
         self._answered = 0.0  # when it was
         self._headers = headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
-        self._id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8).encode()
+        self._id = given if REQUEST_ID.fullmatch(given) else _new_id()
         # a dict of its own: the server's may be one for all requests
         self._state = scope["state"] = {**scope.get("state", {}), "request_id": self._id.decode()}
         self._body_complete = b"transfer-encoding" not in headers and headers.get(b"content-length", b"0") == b"0"
@@ -406,7 +411,7 @@ class Protocol(HttpToolsProtocol):
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
             (b"x-content-type-options", b"nosniff"),
-            (b"x-request-id", secrets.token_hex(8).encode()),
+            (b"x-request-id", _new_id()),
         ]
         lines = b"".join(b"%b: %b\r\n" % header for header in headers)
         self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
