@@ -3,8 +3,8 @@
     infer ─▶ queue, by due time ─▶ batch of one kind ─▶ decode, all cores ─▶ forward ─▶ answers, in one wake-up
              on the event loop     on the model's thread     on the one thread that computes, for all models
 
-On a CPU the images of a batch are decoded when it is its turn, as `Classifier.load_batches` does: what is decoded while
-the model runs slows both. On a GPU they are decoded as they come in.
+On a GPU images are decoded as they come in. On a CPU only while few wait, for the answer to come sooner; else the images
+of a batch are decoded when it is its turn, as `Classifier.load_batches` does: what is decoded beside the model slows both.
 
 One thread computes for all models: every thread that torch computes in has its own OpenMP team, and where there are
 more of those than cores they sleep between any two layers. A single image then takes three times as long.
@@ -110,7 +110,8 @@ class Batcher:
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait_ms / 1e3, max_queue
         self._observer = observer
         self._loop = asyncio.get_running_loop()
-        self._decode_ahead = classifier.device.type != "cpu"
+        # images that wait, up to which a new one is decoded at once
+        self._ahead = torch.get_num_threads() if classifier.device.type == "cpu" else max_queue
         self._changed = threading.Condition()
         self._heap: list[_Job] = []
         self._hand: list[_Job] = []
@@ -181,7 +182,8 @@ class Batcher:
         future = self._loop.create_future()
         count = len(sources)
         request = _Request(kind(sources[0]), sources, future, now, [_PENDING] * count, count, function)
-        ahead = self._decode_ahead and function is None
+        is_files = function is None and not isinstance(sources[0], Tensor)
+        ahead = is_files and len(self._heap) + count <= self._ahead
         jobs = [
             _Job(
                 now + place * SPACING_SECONDS,
