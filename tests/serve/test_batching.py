@@ -354,3 +354,41 @@ def test_an_empty_request_has_an_empty_answer(gate: Gate, run: Any) -> None:
         await queue.close()
 
     run(test)
+
+
+def test_what_kills_the_thread_is_alone_the_second_time(gate: Gate, run: Any) -> None:
+    def forward(resized: list[np.ndarray], **options: Any) -> torch.Tensor:
+        if any(pixels[0, 0, 0] == POISON for pixels in resized):
+            raise SystemExit("killed")
+        return gate._forward(resized, **options)
+
+    async def test() -> None:
+        watch = Watch()
+        queue = batcher(gate, watch)
+        first = await held(gate, queue)
+        tasks = [asyncio.create_task(queue.infer([picture(red)], "logits")) for red in (2, 3, POISON, 5)]
+        await asyncio.sleep(0)
+        gate.classifier.forward = forward  # type: ignore[method-assign]
+        gate.open.set()
+        answers = [(await task)[0] for task in tasks]
+        await first
+        assert [type(answer).__name__ for answer in answers] == ["Answer", "Answer", "Failed", "Answer"]
+        assert watch.deaths == 2
+        await queue.close()
+
+    run(test)
+
+
+def test_calls_take_places_of_the_queue(gate: Gate, run: Any) -> None:
+    async def test() -> None:
+        queue = batcher(gate, max_queue=2)
+        first = await held(gate, queue)
+        waiting = [asyncio.create_task(queue.call(lambda model: 7)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="2 of 2 places are taken, 1 more are wanted"):
+            await queue.call(lambda model: 8)
+        gate.open.set()
+        assert await asyncio.gather(*waiting) == [7, 7] and len(await first) == 1
+        await queue.close()
+
+    run(test)

@@ -475,3 +475,8 @@ def test_another_names_certificate_is_refused(tls: Web) -> None:
 def test_a_stranger_is_refused(tls: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "_tls", ssl.create_default_context)
     refused(tls, f"https://{HOST}/x", f"{HOST} does not prove that it is {HOST}: self.signed certificate")
+
+
+def test_a_redirect_to_what_is_no_url_is_refused(web: Web) -> None:
+    web.pages["/old"] = redirect("http://[cdn/x")
+    refused(web, f"http://{HOST}/old", rf"{HOST} leads to 'http://\[cdn/x', which is not a URL: Invalid IPv6 URL\.")

@@ -170,3 +170,51 @@ def test_a_model_that_is_not_of_images_is_refused() -> None:
         await fleet.close()
 
     run(test)
+
+
+def test_what_a_request_has_had_loaded_is_not_loaded_again_at_the_start(three: tuple[str, ...], loads: Loads) -> None:
+    async def test() -> None:
+        fleet = Fleet(Settings(models=three, dtype="fp32"), Metrics(), loads)
+        loads.gate.clear()
+        starting = asyncio.create_task(fleet.load_all())
+        await asyncio.sleep(0.01)  # the first is being loaded
+        with pytest.raises(NotReady, match="three is loading"):
+            fleet.get("three")
+        loads.gate.set()
+        await starting
+        assert len(loads.names) == 3 and fleet.problems == {}
+        await fleet.close()
+
+    run(test)
+
+
+def test_closing_ends_what_is_being_loaded(
+    three: tuple[str, ...], loads: Loads, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        fleet = Fleet(Settings(models=three, dtype="fp32", lazy=True), Metrics(), loads)
+        loads.gate.clear()
+        loading = fleet.start(fleet.find("two"))
+        await asyncio.sleep(0.01)
+        await fleet.close()
+        loads.gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        assert fleet.find("two").batcher is None and fleet.find("two").loading is None
+
+    run(test)
+    assert not caplog.records
+
+
+def test_of_a_name_of_megabytes_only_the_beginning_is_compared() -> None:
+    async def test() -> None:
+        compared: list[str] = []
+        fleet = Fleet(Settings(), Metrics(), object)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("opsin.serve.refusals.get_close_matches", lambda name, *_: compared.append(name) or [])
+            with pytest.raises(NotFound, match='no model "xyxy'):
+                fleet.find("xy" * 1_000_000)
+        assert [len(name) for name in compared] == [100]
+        await fleet.close()
+
+    run(test)

@@ -715,3 +715,25 @@ def test_a_client_that_does_not_read_is_cut_off(hasty: Guarded) -> None:
         connection.sendall(request("GET", "/large"))
         hasty.told()
         until(lambda: not hasty.server.server_state.connections and not hasty.server.server_state.tasks)
+
+
+def test_bodies_that_are_kept_have_a_limit_together(
+    guarded: Callable[..., Guarded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarding, "HELD_BODIES", 2)
+    server = guarded(max_body_bytes=1000)
+    guard: Any = server.app.middleware_stack
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(2)]
+        for connection in waiting:
+            connection.sendall(request("POST", "/echo", body=bytes(1000))[:-1])
+        until(lambda: guard.held_bytes == 1998)
+        (answer,) = server.talk(request("POST", "/echo", body=b"123"))
+        assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+        assert answer.error.startswith("the bodies of all requests together are more than this server keeps.")
+        for connection in waiting:
+            connection.sendall(b"\0")
+            assert answers(read_all(connection))[0].status == 200
+    until(lambda: guard.held_bytes == 0)
+    (answer,) = server.talk(request("POST", "/echo", body=b"123"))
+    assert answer.status == 200

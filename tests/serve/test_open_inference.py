@@ -1,5 +1,6 @@
 """Open Inference Protocol v2: through Triton's own client and by hand, beside `opsin.load`; what is refused."""
 
+import asyncio
 import gzip
 import io
 import json
@@ -231,6 +232,7 @@ def test_json_that_is_refused(client: httpx.Client) -> None:
         (body(good, shape=(1, 3, 3, 2)), r"it is \[B, H, W, 3\]"),
         (body(good, shape=(1, -2, -3, 3)), r'"shape" of "image" is \[1,-2,-3,3\]; it must be a list of whole numbers'),
         (body(good, shape=(0, 2, 3, 3)), r"\[0,2,3,3\]; it must be"),
+        (body(good, shape=(1,) * 9), r"\[1,1,1,1,1,1,1,1,1\]; it must be a list of .*, at most eight"),
         (body(good, shape=(1, 2.0, 3, 3)), "whole numbers, 1 or more"),
         (body(good, shape=(1, True, 3, 3)), "whole numbers, 1 or more"),
         (body(good, shape=(1, 2**70, 3, 3)), "whole numbers, 1 or more"),
@@ -376,3 +378,23 @@ def test_a_lazy_model_is_not_ready_and_is_not_loaded_by_the_question(serve: Call
         refused(client.get("/v2/models/org/tiny/ready"), 503, "it is not loaded")
         answer = client.get("/v2/models/org/tiny")
         assert answer.status_code == 503 and answer.headers["retry-after"]
+
+
+def test_what_is_small_and_becomes_large_is_not_worked_on_by_the_event_loop(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside: list[str] = []
+    to_thread = asyncio.to_thread
+
+    async def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        beside.append(function.__name__)
+        return await to_thread(function, *args, **kwargs)
+
+    monkeypatch.setattr(asyncio, "to_thread", noted)
+    bomb = gzip.compress(bytes(2**20))
+    refused(client.post(INFER, content=bomb, headers={"Content-Encoding": "gzip"}), 400, "not JSON")
+    assert beside == ["decompress", "parse_json"]
+    nested = np.zeros((1, 311, 301, 3), np.uint8)  # one item, of 281 thousand values
+    asked = body(nested.tolist(), shape=nested.shape)
+    assert client.post(INFER, json=asked).status_code == 200
+    assert beside[2:] == ["parse_json", "_images"]

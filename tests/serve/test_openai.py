@@ -119,3 +119,8 @@ def test_what_is_refused(client: httpx.Client) -> None:
         (photo(0), "image/png", 415, 'a body of type "image/png" is not read here. Send application/json'),
     ]:
         refused(client.post("/v1/embeddings", content=body, headers={"Content-Type": type}), status, says)
+
+
+def test_a_list_that_is_too_long_is_refused_before_it_is_looked_at(client: httpx.Client) -> None:
+    answer = client.post("/v1/embeddings", json={"input": [7] * 257})
+    refused(answer, 413, "257 images are more than the 256 that one request may have. Send several.")

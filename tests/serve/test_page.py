@@ -578,3 +578,22 @@ def test_camera(visit: Open, url: str) -> None:
     assert page.locator("#booth").is_hidden()
     until(lambda: page.evaluate("document.querySelector('video').srcObject === null"))
     assert page.locator(".card h3").inner_text().startswith("camera-1.jpg")
+
+
+def test_attention_that_was_turned_off_while_it_was_computed_is_not_drawn(
+    visit: Open, url: str, photos: list[Path]
+) -> None:
+    page = visit(url)
+    held: list[Any] = []
+    page.route("**/explain?**", lambda route: held.append(route))
+    add(page, photos[0])
+    with page.expect_request("**/explain?**"):
+        page.check("#attention")
+    page.uncheck("#attention")
+    with page.expect_response("**/explain?**"):
+        held[0].continue_()
+    page.wait_for_timeout(200)
+    assert page.locator(".frame canvas").is_hidden()
+    page.check("#attention")
+    until(lambda: page.locator(".frame canvas").is_visible())
+    assert len(held) == 1

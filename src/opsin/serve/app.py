@@ -110,7 +110,8 @@ def _as_refusal(request: Request, error: Exception) -> Refusal:
 async def _start(fleet: Fleet, on_failure: Callable[[Exception], None] | None) -> None:
     try:
         await fleet.load_all()
-        gc.freeze()  # modules and models stay: to look through them for garbage takes a tenth of a second
+        gc.freeze()  # modules and models stay: not to be looked through again and again,
+        gc.set_threshold(1000)  # so that a refused request, whose traceback holds its body, goes soon
     except Exception as error:
         if on_failure is not None:
             on_failure(error)

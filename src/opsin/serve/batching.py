@@ -3,8 +3,9 @@
     infer ─▶ queue, by due time ─▶ batch of one kind ─▶ decode, all cores ─▶ forward ─▶ answers, in one wake-up
              on the event loop     on the model's thread     on the one thread that computes, for all models
 
-On a GPU images are decoded as they come in. On a CPU only while few wait, for the answer to come sooner; else the images
-of a batch are decoded when it is its turn, as `Classifier.load_batches` does: what is decoded beside the model slows both.
+On a GPU images are decoded as they come in. On a CPU only while few wait, for the answer to come sooner; else the
+images of a batch are decoded when it is its turn, as `Classifier.load_batches` does: what is decoded beside the model
+slows both.
 
 One thread computes for all models: every thread that torch computes in has its own OpenMP team, and where there are
 more of those than cores they sleep between any two layers. A single image then takes three times as long.
@@ -59,7 +60,7 @@ class Observer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    kind: Any  # what may share a batch: (want, shape of pixels), or the request itself
+    kind: Any  # what may share a batch: (want, whether it is of pixels); of a function, which is alone, None
     sources: Sequence[Any]
     future: asyncio.Future[Any]
     arrived: float
@@ -155,20 +156,14 @@ class Batcher:
             Overloaded: they do not fit in what is left of the queue.
             NotReady: the model is being unloaded.
         """
-        if len(sources) > self._max_queue:
-            raise TooLarge(f"{len(sources)} images are more than the queue's {self._max_queue} places. Send fewer.")
-        room = self._max_queue - len(self._heap)
-        if len(sources) > room:
-            wait = len(self._heap) / self._rate if self._rate else 1.0
-            raise Overloaded(
-                f"the queue is full: {len(self._heap)} of {self._max_queue} places are taken, {len(sources)} more are "
-                f"wanted. Try again in {max(1, round(wait))} s.",
-                retry_after=wait,
-            )
         return await self._submit(sources, lambda source: (want, isinstance(source, Tensor)))
 
     async def call(self, function: Callable[[Classifier], Any]) -> Any:
-        """What a function of the model returns, computed alone where the model computes; what it raises is raised."""
+        """What a function of the model returns, computed alone where the model computes; what it raises is raised.
+
+        Raises:
+            Overloaded, NotReady: as `infer`; it takes one place of the queue.
+        """
         return await self._submit([None], lambda _: None, function)
 
     async def _submit(
@@ -178,12 +173,21 @@ class Batcher:
             raise NotReady("the model is being unloaded. Try again.")
         if not sources:
             return []
+        count, waiting = len(sources), len(self._heap)
+        if count > self._max_queue:
+            raise TooLarge(f"{count} images are more than the queue's {self._max_queue} places. Send fewer.")
+        if count > self._max_queue - waiting:
+            wait = waiting / self._rate if self._rate else 1.0
+            raise Overloaded(
+                f"the queue is full: {waiting} of {self._max_queue} places are taken, {count} more are wanted. "
+                f"Try again in {max(1, round(wait))} s.",
+                retry_after=wait,
+            )
         now = time.monotonic()
         future = self._loop.create_future()
-        count = len(sources)
         request = _Request(kind(sources[0]), sources, future, now, [_PENDING] * count, count, function)
         is_files = function is None and not isinstance(sources[0], Tensor)
-        ahead = is_files and len(self._heap) + count <= self._ahead
+        ahead = is_files and waiting + count <= self._ahead
         jobs = [
             _Job(
                 now + place * SPACING_SECONDS,
@@ -192,7 +196,7 @@ class Batcher:
                 request,
                 self._decoders.submit(self._decode, request, place) if ahead else None,
             )
-            for place in range(len(sources))
+            for place in range(count)
         ]
         with self._changed:
             for job in jobs:
@@ -215,7 +219,7 @@ class Batcher:
             self._closing = True
             self._changed.notify()
         while self._thread.is_alive() or self._heap or self._hand:  # dead, with more to do: it is started again
-            await asyncio.to_thread(self._thread.join, 0.05)
+            await asyncio.sleep(0.01)
 
     # ── the thread ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -283,7 +287,7 @@ class Batcher:
             job = heapq.heappop(self._heap)
             if job.request.future.done():
                 continue
-            alone = job.request.function is not None
+            alone = job.request.function is not None or job.again  # so that the second time it is its own fault
             if batch and (alone or job.request.kind != batch[0].request.kind):
                 others.append(job)
                 continue

@@ -94,7 +94,10 @@ async def _follow(url: str, allow_hosts: Sequence[str], max_bytes: int) -> bytes
         answer = await _get(target, await _addresses(target), max_bytes)
         if isinstance(answer, bytes):
             return answer
-        url = urljoin(url, answer.location)
+        try:
+            url = urljoin(url, answer.location)
+        except ValueError as error:
+            raise _refusal(f"{target.host} leads to {answer.location[:200]!r}, which is not a URL: {error}.") from None
     raise _refusal(f"more than {MAX_REDIRECTS} redirects. Name the URL that they lead to.")
 
 

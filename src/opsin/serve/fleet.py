@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from opsin.errors import ModelError, OpsinError
 from opsin.pipeline import Classifier, load
 from opsin.serve.batching import Batcher
 from opsin.serve.metrics import Metrics
-from opsin.serve.refusals import NotFound, NotReady
+from opsin.serve.refusals import NotFound, NotReady, nearest
 from opsin.serve.settings import Settings
 
 RETRY_SECONDS = 60.0  # until a model that could not be loaded is tried again
@@ -85,8 +84,7 @@ class Fleet:
         if name is None:
             return self.models[self.default]
         if name not in self.models:
-            near = get_close_matches(name, self.models, 1)
-            hint = f'Did you mean "{near[0]}"? ' if near else ""
+            hint = nearest(name, self.models)
             raise NotFound(f'no model "{name[:200]}". {hint}`GET /v1/models` lists those served here.')
         return self.models[name]
 
@@ -128,7 +126,8 @@ class Fleet:
             OpsinError: one that cannot be loaded.
         """
         for model in self.models.values():
-            await self.start(model)
+            if model.batcher is None:  # else a request has had it loaded, while others were
+                await self.start(model)
             if model.error is not None:
                 raise ModelError(f"{model.name}: {model.error}")
 
@@ -219,8 +218,10 @@ class Fleet:
         return self.settings.lazy or model.memory_bytes > 0
 
     async def close(self) -> None:
-        """Answer all that was taken."""
+        """Answer all that was taken; what is being loaded, nobody waits for."""
         for model in self.models.values():
+            if model.loading is not None:
+                model.loading.cancel()
             await self.unload(model)
         for pool in (self._computer, self._decoders):
             pool.shutdown(wait=True)

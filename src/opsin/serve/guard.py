@@ -26,13 +26,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from opsin.serve.metrics import Metrics
-from opsin.serve.refusals import BadRequest, BodyTimeout, Failed, Refusal, TooLarge, Unauthorized, refusal_response
+from opsin.serve.refusals import (
+    BadRequest,
+    BodyTimeout,
+    Failed,
+    Overloaded,
+    Refusal,
+    TooLarge,
+    Unauthorized,
+    refusal_response,
+)
 from opsin.serve.settings import Settings
 
 MAX_HEAD_BYTES = 2**16  # of a request's first line and headers, trailers included
 FRAME_BYTES = 64  # at most, around each part of a request: the method, the ends of lines, the length of a chunk
 HEAD_SECONDS = 10.0  # from a connection's first moment, or a later request's first byte, to the end of the headers
 WRITE_SECONDS = 60.0  # that a client may leave an answer unread
+HELD_BODIES = 32  # of the size that one may have: so much is kept of all requests together
 LINGER_SECONDS = 2.0  # that the rest of a body is thrown away after an early answer
 
 OPEN = frozenset({"/", "/livez", "/readyz", "/health", "/metrics"})  # to be read without a key
@@ -59,6 +69,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
+        self.held_bytes = 0  # of bodies, until their requests are answered
         self._keys = [_digest(key.encode("utf-8", "surrogateescape")) for key in settings.api_keys]
         self._origins = {origin.rstrip("/").lower().encode() for origin in settings.cors_origins}
 
@@ -199,6 +210,7 @@ class _Exchange:
             self._status = self._status or 503
             raise
         finally:
+            self._guard.held_bytes -= self._body_bytes
             self._arrived()
             self._report()
 
@@ -227,7 +239,7 @@ class _Exchange:
         """What the application receives.
 
         Raises:
-            Refusal: the body is late, too large, or its client has left.
+            Refusal: the body is late, too large, one too many, or its client has left.
         """
         if self._body_complete:
             return await self._receive()
@@ -249,9 +261,13 @@ class _Exchange:
             ) from None
         if message["type"] == "http.disconnect":
             raise BadRequest("the client left before its body was complete.", kind="client_left")
-        self._body_bytes += len(message.get("body", b""))
+        length = len(message.get("body", b""))
+        self._body_bytes += length
+        self._guard.held_bytes += length
         if self._body_bytes > settings.max_body_bytes:
             raise self._guard.too_large(f"{self._body_bytes} bytes and more")
+        if self._guard.held_bytes > HELD_BODIES * settings.max_body_bytes:
+            raise Overloaded("the bodies of all requests together are more than this server keeps. Try again in 1 s.")
         if not message.get("more_body", False):
             self._body_complete = True
             self._arrived()

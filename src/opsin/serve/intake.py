@@ -4,7 +4,6 @@ import asyncio
 import base64
 import binascii
 from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
@@ -20,7 +19,7 @@ from opsin.preprocess import ImageSource
 from opsin.serve.batching import Answer, Want
 from opsin.serve.fetch import fetch
 from opsin.serve.fleet import Fleet, Model
-from opsin.serve.refusals import BadRequest, Refusal, TooLarge, Unprocessable, WrongMediaType
+from opsin.serve.refusals import BadRequest, Refusal, TooLarge, Unprocessable, WrongMediaType, nearest
 from opsin.serve.settings import Settings
 
 MAX_VALUES = 4_000_000  # of a JSON body: 25 images of 224 × 224 pixels, written as numbers
@@ -254,9 +253,7 @@ def check_names(given: Iterable[str], known: Sequence[str], what: str) -> None:
     """
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f'Did you mean "{near[0]}"? ' if near else ""
-            raise BadRequest(f'no {what} "{name[:100]}". {hint}Known: {", ".join(known)}.')
+            raise BadRequest(f'no {what} "{name[:100]}". {nearest(name, known)}Known: {", ".join(known)}.')
 
 
 def check_query(request: Request, *known: str) -> None:

@@ -249,7 +249,7 @@ async def _inflated(request: Request, body: bytes) -> bytes:
     limit = settings(request).max_body_bytes
     inflater = zlib.decompressobj(31 if encoding == "gzip" else 15)
     try:
-        found = await aside(8 * len(body), inflater.decompress, body, limit + 1)
+        found = await aside(1032 * len(body), inflater.decompress, body, limit + 1)  # so much may come of it
     except zlib.error as error:
         raise BadRequest(f"the body is not {encoding}: {error}.") from None
     if len(found) > limit:
@@ -282,9 +282,8 @@ async def _read(request: Request, classifier: Classifier, body: bytes) -> Asked:
     check_count(request, shape[0] if shape else 0)
     if datatype == "BYTES":
         return Asked(request_id, await _files(request, shape, data), wanted)
-    size = 8 * len(data) if isinstance(data, list) else len(data)
     limit = settings(request).max_pixels
-    images = await aside(size, _images, shape, datatype, data, classifier.image_size, limit)
+    images = await aside(len(body), _images, shape, datatype, data, classifier.image_size, limit)
     return Asked(request_id, images, wanted)
 
 
@@ -359,9 +358,9 @@ def _input(inputs: Any, binary: bytes | memoryview, has_length: bool) -> tuple[l
     datatype, shape = given.get("datatype"), given.get("shape")
     if not isinstance(datatype, str) or datatype not in DATATYPES:
         raise BadRequest(f'"datatype" of "image" is {shown(datatype)}. Known: {", ".join(DATATYPES)}.')
-    if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(side) is int and side > 0 for side in shape):
         text = orjson.dumps(shape).decode()[:100]
-        raise BadRequest(f'"shape" of "image" is {text}; it must be a list of whole numbers, 1 or more.')
+        raise BadRequest(f'"shape" of "image" is {text}; it must be a list of whole numbers, 1 or more, at most eight.')
     size = _parameters(given, '"image"').get("binary_data_size")
     if size is None:
         if len(binary):
@@ -475,7 +474,7 @@ def _numbers(values: list[Any], datatype: str) -> bytes:
 
 def _wrong_shape(shape: list[int], datatype: str, expected: str) -> BadRequest:
     axes = {"UINT8": ": rows, columns, channels last", "FP32": ": channels first, of the model's size"}
-    return BadRequest(f'"image" has shape {str(shape)[:100]}; of {datatype} it is {expected}{axes.get(datatype, "")}.')
+    return BadRequest(f'"image" has shape {shape}; of {datatype} it is {expected}{axes.get(datatype, "")}.')
 
 
 # ── the answer ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,6 +22,7 @@ from opsin.serve.fleet import Model
 from opsin.serve.intake import (
     REFUSALS,
     aside,
+    check_count,
     fleet,
     images_of,
     infer,
@@ -104,7 +105,7 @@ async def embeddings(request: Request) -> Response:
     asked = object_of(await aside(len(body), parse_json, body), FIELDS)
     name, encoding = _options(asked)
     fleet(request).find(name)
-    sources = await images_of(request, _texts(asked.get("input")))
+    sources = await images_of(request, _texts(request, asked.get("input")))
     model = fleet(request).get(name)
     _check_dimensions(asked.get("dimensions"), model)
     outputs = []
@@ -151,15 +152,17 @@ def _check_dimensions(dimensions: Any, model: Model) -> None:
         )
 
 
-def _texts(asked: Any) -> list[Any]:
+def _texts(request: Request, asked: Any) -> list[str]:
     """The strings of an input: one or a list, bare or in objects.
 
     Raises:
         BadRequest: there is none, or an item of another kind.
+        TooLarge: more than a request may have.
     """
     if asked is None:
         raise BadRequest('no "input". Send a data URL, data:image/jpeg;base64,…, or a list of them.')
     items = asked if isinstance(asked, list) else [asked]
+    check_count(request, len(items))  # before millions are looked at
     return [_text(item, f'"input"[{place}]' if len(items) > 1 else '"input"') for place, item in enumerate(items)]
 
 

@@ -16,7 +16,8 @@
 `str(refusal)` says what is wrong, what would be right and what to do next; it names the item where there are several.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 
 from starlette.responses import JSONResponse
 
@@ -95,6 +96,15 @@ def of_image(error: ImageError) -> Refusal:
     if isinstance(error, ImageTooLarge):
         return TooLarge(str(error))
     return Unprocessable(str(error), kind=error.kind)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """For the message on a name that is not known: `Did you mean "…"? `, or nothing.
+
+    Of a long name the beginning: to compare one of megabytes takes seconds, and fifty times its size in memory.
+    """
+    near = get_close_matches(name[:100], known, 1)
+    return f'Did you mean "{near[0]}"? ' if near else ""
 
 
 def refusal_response(path: str, refusal: Refusal) -> JSONResponse:

@@ -506,7 +506,7 @@ async function look(view) {
     showLooks();
   }
   looking.hidden = true;
-  draw(view);
+  if (isLooking()) draw(view); // it may have been turned off meanwhile
 }
 
 /** The answer of POST /explain with each layer's maps: `at[layer][head]` 0 to 255 on the grid, head 0 the mean. */
