@@ -209,9 +209,14 @@ def test_closing_ends_what_is_being_loaded(
 def test_of_a_name_of_megabytes_only_the_beginning_is_compared() -> None:
     async def test() -> None:
         compared: list[str] = []
+
+        def close(name: str, *_: Any) -> list[str]:
+            compared.append(name)
+            return []
+
         fleet = Fleet(Settings(), Metrics(), object)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("opsin.serve.refusals.get_close_matches", lambda name, *_: compared.append(name) or [])
+            patch.setattr("opsin.serve.refusals.get_close_matches", close)
             with pytest.raises(NotFound, match='no model "xyxy'):
                 fleet.find("xy" * 1_000_000)
         assert [len(name) for name in compared] == [100]

@@ -44,6 +44,7 @@ from opsin.serve.settings import Settings
 DONE, NOT_LISTENING, MODEL_FAILED, INTERRUPTED = 0, 1, 4, 130  # exit codes, as of every command
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKLOG = 2048  # connections that wait to be accepted
+RECEIVE_BYTES = 2**20  # of a connection, in the kernel: room for a photo, or its end waits 40 ms for an acknowledgement
 KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep a connection (60): it is theirs to close
 FIRST_REQUEST_SECONDS = 1.0  # that a connection without a request is waited for, once nobody new is let in
 RESTART_SECONDS = 0.5  # until a worker that died is replaced; doubled each time, up to a minute
@@ -87,9 +88,12 @@ def run(
 
 def _listen(host: str, port: int) -> socket.socket:
     if ":" not in host:
-        return socket.create_server((host, port), backlog=BACKLOG)
-    both = host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server((host, port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=both)
+        listener = socket.create_server((host, port), backlog=BACKLOG)
+    else:
+        both = host == "::" and socket.has_dualstack_ipv6()
+        listener = socket.create_server((host, port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=both)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+    return listener
 
 
 def _address(host: str, port: int) -> str:
