@@ -392,3 +392,49 @@ def test_calls_take_places_of_the_queue(gate: Gate, run: Any) -> None:
         await queue.close()
 
     run(test)
+
+
+def test_lanes_compute_side_by_side_and_share_what_waits(gate: Gate, tiny: Path, run: Any) -> None:
+    plain = opsin.load(tiny, dtype="fp32")
+
+    async def test() -> None:
+        watch = Watch()
+        queue = batcher(gate, watch, lanes=2)
+        gate.open.clear()
+        first = [asyncio.create_task(queue.infer([picture(red)], "logits")) for red in (1, 2)]
+        while len(gate.calls) < 2:  # both are on the model at once
+            await asyncio.sleep(0.005)
+        several = asyncio.create_task(queue.infer([picture(red) for red in (3, 4, 5, 6)], "logits"))
+        await asyncio.sleep(0)
+        gate.open.set()
+        answers = [(await task)[0] for task in first] + await several
+        for red, answer in enumerate(answers, 1):
+            assert isinstance(answer, Answer)
+            np.testing.assert_allclose(answer.output, plain.logits(picture(red))[0].numpy(), rtol=0, atol=1e-5)
+        assert sorted(watch.sizes)[:2] == [1, 1] and sum(watch.sizes) == 6 and max(watch.sizes) == 2
+        await queue.close()
+
+    threads = torch.get_num_threads()
+    run(test)
+    torch.set_num_threads(threads)
+
+
+def test_a_lane_that_dies_costs_the_other_nothing(gate: Gate, run: Any) -> None:
+    async def test() -> None:
+        watch = Watch()
+        queue = batcher(gate, watch, lanes=2)
+        gate.failures = [SystemExit("killed")]
+        tasks = [asyncio.create_task(queue.infer([picture(red)], "logits")) for red in range(6)]
+        while queue.problem is None:
+            await asyncio.sleep(0.002)
+        assert queue.problem == "its thread has died and is being restarted"
+        answers = [(await task)[0] for task in tasks]
+        assert all(isinstance(answer, Answer) for answer in answers)
+        while queue.problem is not None:
+            await asyncio.sleep(0.01)
+        assert watch.deaths == 1
+        await queue.close()
+
+    threads = torch.get_num_threads()
+    run(test)
+    torch.set_num_threads(threads)

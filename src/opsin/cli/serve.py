@@ -32,7 +32,7 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+\.?\d*)\s*([KMGT]?)(?:I?B)?", value.strip().upper())
+        found = re.fullmatch(r"(\d{1,15}\.?\d{0,6})\s*([KMGT]?)(?:I?B)?", value.strip().upper())
         if not found or not (size := int(float(found[1]) * 2 ** UNITS[found[2]])):
             self.fail(f'"{value}" is not a size. Write bytes, or 512K, 32M, 4G.', param, ctx)
         return size

@@ -68,6 +68,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # to a host that the client names
     )
     app.state.settings, app.state.metrics = settings, metrics
     for protocol in (health, huggingface, classify, open_inference, openai, page, inspect):

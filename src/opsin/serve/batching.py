@@ -1,14 +1,17 @@
-"""requests → batches → answers: one queue and one thread for each model.
+"""requests → batches → answers: one queue and one thread, or a few, for each model.
 
-    infer ─▶ queue, by due time ─▶ batch of one kind ─▶ decode, all cores ─▶ forward ─▶ answers, in one wake-up
-             on the event loop     on the model's thread     on the one thread that computes, for all models
+    infer ─▶ queue, by due time ─▶ batch of one kind ─▶ decode ─▶ forward ─▶ answers, in one wake-up
+             on the event loop     on a thread of the model
 
-On a GPU images are decoded as they come in. On a CPU only while few wait, for the answer to come sooner; else the
-images of a batch are decoded when it is its turn, as `Classifier.load_batches` does: what is decoded beside the model
-slows both.
+On a CPU a batch is decoded by all cores and then computed by all of them, as `Classifier.load_batches` does: what is
+decoded beside the model slows both. One thread computes for all models: every thread that torch computes in has its own
+OpenMP team, and where there are more of those than cores they sleep between any two layers, three times as long for one
+image.
 
-One thread computes for all models: every thread that torch computes in has its own OpenMP team, and where there are
-more of those than cores they sleep between any two layers. A single image then takes three times as long.
+A model that takes a few milliseconds for an image loses more by handing out its layers than it gains: at half load
+twice the arithmetic. It gets *lanes*, threads of one core each, which decode and compute side by side.
+
+On a GPU images are decoded as they come in.
 
 An image has its own answer whatever its neighbours are: what cannot be decoded never reaches a batch, and a batch that
 raises is halved until the one that is at fault is alone.
@@ -22,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -59,13 +62,25 @@ class Observer(Protocol):
 
 
 @dataclass(slots=True, eq=False)
+class _Lane:
+    """A thread of a model."""
+
+    thread: threading.Thread | None = None
+    hand: "list[_Job]" = field(default_factory=list)  # what it is at
+    busy_since: float | None = None  # time.monotonic()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+
+@dataclass(slots=True, eq=False)
 class _Request:
     kind: Any  # what may share a batch: (want, whether it is of pixels); of a function, which is alone, None
     sources: Sequence[Any]
     future: asyncio.Future[Any]
     arrived: float
-    results: list[Any]
-    left: int  # images without a result
+    results: list[Any]  # _PENDING: not yet
     function: Callable[[Classifier], Any] | None = None
 
 
@@ -86,7 +101,8 @@ class Batcher:
     Args:
         classifier: what computes.
         decoders: threads that decode, shared by all models.
-        computer: one thread, which computes for all models.
+        computer: one thread, which computes for all models without lanes.
+        lanes: threads of one core each; 1: `computer` has all cores.
         max_batch, max_wait_ms, max_queue: as in `Settings`.
         observer: is told of each batch.
         arriving: how many requests are being read now; without any, no batch waits for more images.
@@ -98,6 +114,7 @@ class Batcher:
         *,
         decoders: ThreadPoolExecutor,
         computer: ThreadPoolExecutor,
+        lanes: int = 1,
         max_batch: int,
         max_wait_ms: float,
         max_queue: int,
@@ -108,20 +125,19 @@ class Batcher:
         self._arriving = arriving
         self._decoders = decoders
         self._computer = computer
+        self._lanes = [_Lane() for _ in range(lanes)]
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait_ms / 1e3, max_queue
         self._observer = observer
         self._loop = asyncio.get_running_loop()
-        # images that wait, up to which a new one is decoded at once
-        self._ahead = torch.get_num_threads() if classifier.device.type == "cpu" else max_queue
+        self._decode_ahead = classifier.device.type != "cpu"
         self._changed = threading.Condition()
         self._heap: list[_Job] = []
-        self._hand: list[_Job] = []
         self._numbers = itertools.count()
         self._closing = False
-        self._busy_since: float | None = None
         self._rate = 0.0  # images/s, of late
         self._restart_seconds = RESTART_SECONDS
-        self._start()
+        for lane in self._lanes:
+            self._start(lane)
 
     # ── from the event loop ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -135,11 +151,12 @@ class Batcher:
         """Why it would not answer now; None: it would."""
         if self._closing:
             return "it is being unloaded"
-        if not self._thread.is_alive():
+        if not all(lane.is_alive for lane in self._lanes):
             return "its thread has died and is being restarted"
-        since = self._busy_since
-        if since is not None and time.monotonic() - since > STUCK_SECONDS:
-            return f"a batch has been running for {time.monotonic() - since:.0f} seconds"
+        now = time.monotonic()
+        longest = max(now - (lane.busy_since or now) for lane in self._lanes)
+        if longest > STUCK_SECONDS:
+            return f"a batch has been running for {longest:.0f} seconds"
         return None
 
     async def infer(self, sources: Sequence[ImageSource | Tensor | ImageError], want: Want) -> list[Answer | Refusal]:
@@ -185,9 +202,8 @@ class Batcher:
             )
         now = time.monotonic()
         future = self._loop.create_future()
-        request = _Request(kind(sources[0]), sources, future, now, [_PENDING] * count, count, function)
-        is_files = function is None and not isinstance(sources[0], Tensor)
-        ahead = is_files and waiting + count <= self._ahead
+        request = _Request(kind(sources[0]), sources, future, now, [_PENDING] * count, function)
+        ahead = self._decode_ahead and function is None and not isinstance(sources[0], Tensor)
         jobs = [
             _Job(
                 now + place * SPACING_SECONDS,
@@ -201,7 +217,7 @@ class Batcher:
         with self._changed:
             for job in jobs:
                 heapq.heappush(self._heap, job)
-            self._changed.notify()
+            self._changed.notify_all()
         try:
             return await future
         except asyncio.CancelledError:
@@ -217,35 +233,42 @@ class Batcher:
         """Take no more; end when all that was taken is answered."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        while self._thread.is_alive() or self._heap or self._hand:  # dead, with more to do: it is started again
+            self._changed.notify_all()
+        while any(lane.is_alive or lane.hand for lane in self._lanes) or self._heap:  # one that died is started again
             await asyncio.sleep(0.01)
 
-    # ── the thread ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── the threads ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._work, name=f"opsin-model {self.classifier.source.name}")
-        self._thread.daemon = True
-        self._thread.start()
+    def _start(self, lane: _Lane) -> None:
+        name = f"opsin-model {self.classifier.source.name}"
+        lane.thread = threading.Thread(target=self._work, args=(lane,), name=name, daemon=True)
+        lane.thread.start()
 
-    def _work(self) -> None:
+    def _work(self, lane: _Lane) -> None:
+        is_narrow = len(self._lanes) > 1
+        if is_narrow:
+            torch.set_num_threads(1)  # in this thread, and those that say nothing
         try:
-            while jobs := self._next():
-                self._busy_since = time.monotonic()
-                self._computer.submit(self._run, jobs).result()
-                self._busy_since, self._hand = None, []
+            while jobs := self._next(lane):
+                lane.busy_since = time.monotonic()
+                if is_narrow:
+                    self._run(jobs)
+                else:
+                    self._computer.submit(self._run, jobs).result()
+                lane.busy_since, lane.hand = None, []
                 self._restart_seconds = RESTART_SECONDS
         except BaseException:
             log.exception("the thread of %s has died; it is started again", self.classifier.source.name)
             self._observer.died()
-            self._busy_since = None
-            self._loop.call_soon_threadsafe(self._revive, self._hand)
+            lane.busy_since = None
+            self._loop.call_soon_threadsafe(self._revive, lane)
 
-    def _revive(self, hand: list[_Job]) -> None:
+    def _revive(self, lane: _Lane) -> None:
         """Put back what the thread had in hand, and start another after a while.
 
         What it has had twice is refused: it may be what kills it.
         """
+        hand = lane.hand
         todo = [job for job in hand if job.request.results[job.place] is _PENDING]
         for job in todo:
             if job.again:
@@ -254,12 +277,13 @@ class Batcher:
             for job in todo:
                 if not job.again and not job.request.future.done():
                     heapq.heappush(self._heap, job._replace(again=True))
-            self._hand = []
+            lane.hand = []
+            self._changed.notify_all()
         self._finish([job.request for job in hand])
-        self._loop.call_later(self._restart_seconds, self._start)
+        self._loop.call_later(self._restart_seconds, self._start, lane)
         self._restart_seconds = min(60.0, self._restart_seconds * 2)
 
-    def _next(self) -> list[_Job]:
+    def _next(self, lane: _Lane) -> list[_Job]:
         """The jobs of the next batch, all of one kind, those due first; none: it is closed and nothing is left."""
         with self._changed:
             while True:
@@ -268,9 +292,9 @@ class Batcher:
                         return []
                     self._changed.wait()
                 self._wait_for_more()
-                self._hand = self._take()
-                if self._hand:
-                    return self._hand
+                lane.hand = self._take()
+                if lane.hand:
+                    return lane.hand
 
     def _wait_for_more(self) -> None:
         deadline = self._heap[0].request.arrived + self._max_wait
@@ -283,7 +307,8 @@ class Batcher:
         """Out of the queue; none where all that waited was cancelled."""
         batch: list[_Job] = []
         others: list[_Job] = []
-        while self._heap and len(batch) < self._max_batch:
+        share = -(-len(self._heap) // len(self._lanes))  # rounded up
+        while self._heap and len(batch) < min(self._max_batch, share):
             job = heapq.heappop(self._heap)
             if job.request.future.done():
                 continue
@@ -306,7 +331,7 @@ class Batcher:
         else:
             decode, forward = self._images(jobs)
             seconds = time.monotonic() - start
-            rate = len(jobs) / max(seconds, 1e-6)
+            rate = len(self._lanes) * len(jobs) / max(seconds, 1e-6)
             self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
             waited = [start - job.request.arrived for job in jobs]
             self._observer.batch(len(jobs), waited=waited, decode=decode, forward=forward)
@@ -319,6 +344,8 @@ class Batcher:
         want, is_pixels = jobs[0].request.kind
         if is_pixels:
             loaded = [_as_pixels(job.request.sources[job.place]) for job in jobs]
+        elif len(self._lanes) > 1:
+            loaded = [self._decode(job.request, job.place) for job in jobs]
         else:
             futures = [job.decoded or self._decoders.submit(self._decode, job.request, job.place) for job in jobs]
             loaded = [future.result() for future in futures]
@@ -367,16 +394,21 @@ class Batcher:
         if request.future.done():
             return Loaded("", error=ImageError("its client has left"))
         name = f"image[{place}]" if len(request.sources) > 1 else "the image"
-        return self.classifier.load_image(request.sources[place], name)
+        try:
+            return self.classifier.load_image(request.sources[place], name)
+        except Exception as error:  # a fault of a decoder's: it must not cost the neighbours their answers
+            log.exception("%s could not be decoded", name)
+            found = ImageError(f"{name} could not be decoded: {type(error).__name__}.")
+            found.kind = "corrupt"
+            return Loaded(name, error=found)
 
     @staticmethod
     def _give(job: _Job, result: Any) -> None:
         job.request.results[job.place] = result
-        job.request.left -= 1
 
     def _finish(self, requests: Sequence[_Request]) -> None:
         for request in requests:
-            if request.left or request.future.done():
+            if request.future.done() or any(result is _PENDING for result in request.results):
                 continue
             if request.function is None:
                 request.future.set_result(request.results)

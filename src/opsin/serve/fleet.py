@@ -20,6 +20,8 @@ from opsin.serve.refusals import NotFound, NotReady, nearest
 from opsin.serve.settings import Settings
 
 RETRY_SECONDS = 60.0  # until a model that could not be loaded is tried again
+LANE_SECONDS = 0.01  # a model that is quicker with an image on one core gets a thread on each
+MAX_LANES = 8  # more would wait for Python
 LOAD_SECONDS = 5.0  # what a load is taken to last until one has been seen
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,8 @@ class Fleet:
         self._metrics = metrics
         self._load = load
         self._decoders = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="opsin-decode")
-        self._computer = ThreadPoolExecutor(1, thread_name_prefix="opsin-compute")
+        self._cores = torch.get_num_threads()
+        self._computer = ThreadPoolExecutor(1, "opsin-compute", torch.set_num_threads, (self._cores,))
         self._loading = asyncio.Lock()
 
     def find(self, name: str | None) -> Model:
@@ -138,11 +141,13 @@ class Fleet:
             async with self._loading:
                 await self._make_room(model)
                 classifier = await self._loaded(model.source)
+            lanes = await self._lanes(classifier)
             model.memory_bytes, model.error = classifier.memory_bytes, None
             model.batcher = Batcher(
                 classifier,
                 decoders=self._decoders,
                 computer=self._computer,
+                lanes=lanes,
                 max_batch=settings.max_batch,
                 max_wait_ms=settings.max_wait_ms,
                 max_queue=settings.max_queue,
@@ -171,7 +176,7 @@ class Fleet:
             "device": str(find_device(settings.device)),
             "max_pixels": settings.max_pixels,
         }
-        loader = ThreadPoolExecutor(1, thread_name_prefix="opsin-load")
+        loader = ThreadPoolExecutor(1, "opsin-load", torch.set_num_threads, (self._cores,))
         try:
             classifier = await loop.run_in_executor(loader, lambda: self._load(source, **options))
         finally:
@@ -181,6 +186,27 @@ class Fleet:
         first = np.zeros((*classifier.image_size, 3), np.uint8)  # packs and compiles: no request should wait for that
         await loop.run_in_executor(self._computer, lambda: classifier.forward([first], embed=True))
         return classifier
+
+    async def _lanes(self, classifier: Classifier) -> int:
+        """How many threads of one core each suit a model (`Batcher`); 1: one with all cores."""
+        if classifier.device.type != "cpu" or classifier.engine != "torch" or self.settings.dtype == "fp32":
+            return 1  # MKL, which computes plain fp32, has one number of threads for all
+
+        def image_seconds() -> float:
+            image = np.zeros((*classifier.image_size, 3), np.uint8)
+            torch.set_num_threads(1)
+            try:
+                times = []
+                for _ in range(3):
+                    began = time.perf_counter()
+                    classifier.forward([image], embed=True)
+                    times.append(time.perf_counter() - began)
+                return min(times)
+            finally:
+                torch.set_num_threads(self._cores)
+
+        seconds = await asyncio.get_running_loop().run_in_executor(self._computer, image_seconds)
+        return min(self._cores, MAX_LANES) if seconds < LANE_SECONDS else 1
 
     async def _make_room(self, wanted: Model) -> None:
         """Unload what was not used for longest, until all fit in memory or `wanted` is alone."""

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from opsin.serve.batching import Batcher
 from opsin.serve.fleet import Fleet
 from opsin.serve.metrics import Metrics
-from opsin.serve.refusals import NotReady, Refusal
+from opsin.serve.refusals import NotReady, Overloaded, Refusal
 
 CANARY_SECONDS = 10.0  # until a model that has not answered is taken for one that does not
 FRESH_SECONDS = 1.0  # that an answer of /health is given again
@@ -31,12 +31,14 @@ UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Which model wo
 router = APIRouter(tags=["operations"])
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez")
 async def livez() -> Response:
     """Whether the process answers."""
     return JSONResponse({"status": "alive"})
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses=UNREADY)
 async def readyz(request: Request) -> Response:
     """Whether every model that should answer would."""
@@ -44,6 +46,7 @@ async def readyz(request: Request) -> Response:
     return JSONResponse({"status": "ready"}) if not found else _unready(found)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses=UNREADY)
 async def health(request: Request) -> Response:
     """Whether every loaded model computes, shown by an image that it is given now."""
@@ -142,6 +145,8 @@ class Canary:
             answer = (await asyncio.wait_for(batcher.infer([_image()], want), CANARY_SECONDS))[0]
         except asyncio.TimeoutError:
             return f"it has not answered in {CANARY_SECONDS:g} seconds"
+        except Overloaded:
+            return None  # so much asked of it that this found no room: it computes
         except Refusal as error:
             return str(error)
         if isinstance(answer, Refusal):

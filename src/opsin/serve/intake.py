@@ -190,6 +190,7 @@ async def images_of(request: Request, texts: Sequence[Any]) -> list[bytes | Imag
     found: list[bytes | ImageError] = []
     left = settings(request).max_body_bytes
     for place, text in enumerate(texts):
+        await asyncio.sleep(0)  # others may want the event loop
         try:
             image = await image_of(request, text, f"image[{place}]", max_bytes=left)
         except BadRequest:
