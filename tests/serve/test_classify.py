@@ -1,5 +1,6 @@
 """`/classify` and `/embed`: forms, raw images and JSON beside `Classifier.stream`; forms that are broken."""
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -181,6 +182,17 @@ def test_urls_are_fetched_within_the_limit_of_a_body(
     left = 10**6 - len(photo(1))
     places = zip((0, 1, 3, 1), (10**6, left, left, 10**6), strict=True)
     assert asked == [(urls[place], ("a.example",), most) for place, most in places]
+
+
+def test_urls_are_fetched_within_the_time_of_a_body(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch(url: str, *, allow_hosts: Sequence[str], max_bytes: int) -> bytes:
+        await asyncio.sleep(0.7)
+        return photo(1)
+
+    monkeypatch.setattr(intake, "fetch", fetch)
+    with httpx.Client(base_url=serve(allow_url_hosts=("a.example",), body_seconds=1)) as client:
+        answer = client.post("/embed", json={"input": ["https://a.example/1.png"] * 5})
+    refused(answer, 408, "of 5 images 1 were there after 1 s. Send fewer URLs, or the bytes")
 
 
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=4), st.integers(0, 10_000), st.binary(max_size=6))

@@ -148,9 +148,13 @@ def test_a_model_that_cannot_be_loaded_is_said_and_tried_again_later(
         with pytest.raises(ModelError, match="a/one: its head has 3 rows."):
             await fleet.load_all()
         assert fleet.problems == {"a/one": "its head has 3 rows."}
+        lazy = Fleet(Settings(models=three[:1], dtype="fp32", lazy=True), Metrics(), loads)
+        await lazy.start(lazy.find(None))
+        assert lazy.find(None).error and lazy.problems == {}  # it is no trouble of those that serve
+        await lazy.close()
         with pytest.raises(NotReady, match="a/one could not be loaded: its head has 3 rows. Try again in 60 s."):
             fleet.get(None)
-        assert len(loads.names) == 1
+        assert len(loads.names) == 2
         monkeypatch.setattr(fleets, "RETRY_SECONDS", 0.0)
         loads.error = None
         with pytest.raises(NotReady, match="a/one is loading"):

@@ -232,16 +232,16 @@ class Fleet:
 
     @property
     def problems(self) -> dict[str, str]:
-        """Of models that should answer and would not: name → why. A lazy or unloaded one is no problem."""
+        """Of models that should answer and would not: name → why. One that is away until it is asked for is none."""
         return {
             model.name: problem
             for model in self.models.values()
-            if (problem := model.problem) is not None
-            and not (model.batcher is None and model.error is None and self._may_be_away(model))
+            if (problem := model.problem) is not None and not self._may_be_away(model)
         }
 
     def _may_be_away(self, model: Model) -> bool:
-        return self.settings.lazy or model.memory_bytes > 0
+        was_there = model.memory_bytes > 0 and model.error is None
+        return model.batcher is None and (self.settings.lazy or was_there)
 
     async def close(self) -> None:
         """Answer all that was taken; what is being loaded, nobody waits for."""

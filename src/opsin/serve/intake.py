@@ -6,6 +6,7 @@ import binascii
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
+import anyio
 import numpy as np
 import orjson
 from fastapi import Query
@@ -19,7 +20,7 @@ from opsin.preprocess import ImageSource
 from opsin.serve.batching import Answer, Want
 from opsin.serve.fetch import fetch
 from opsin.serve.fleet import Fleet, Model
-from opsin.serve.refusals import BadRequest, Refusal, TooLarge, Unprocessable, WrongMediaType, nearest
+from opsin.serve.refusals import BadRequest, BodyTimeout, Refusal, TooLarge, Unprocessable, WrongMediaType, nearest
 from opsin.serve.settings import Settings
 
 MAX_VALUES = 4_000_000  # of a JSON body: 25 images of 224 × 224 pixels, written as numbers
@@ -175,9 +176,10 @@ async def image_of(request: Request, text: Any, name: str, *, max_bytes: int | N
 async def images_of(request: Request, texts: Sequence[Any]) -> list[bytes | ImageError]:
     """`image_of` each; what is wrong with one of several is an error in its place.
 
-    All that is fetched together is no more than a body may have.
+    All that is fetched together is no more, and takes no longer, than a body may.
 
     Raises:
+        BodyTimeout: it does.
         BadRequest: none, or one that is no string.
         TooLarge: more than a request may have.
         Refusal: what is wrong with the only one.
@@ -188,18 +190,23 @@ async def images_of(request: Request, texts: Sequence[Any]) -> list[bytes | Imag
     if len(texts) == 1:
         return [await image_of(request, texts[0], "the image")]
     found: list[bytes | ImageError] = []
-    left = settings(request).max_body_bytes
-    for place, text in enumerate(texts):
-        await asyncio.sleep(0)  # others may want the event loop
-        try:
-            image = await image_of(request, text, f"image[{place}]", max_bytes=left)
-        except BadRequest:
-            raise
-        except Refusal as refusal:
-            found.append(_unread(refusal))
-        else:
-            found.append(image)
-            left -= len(image) if text[:4].lower() == "http" else 0
+    left, seconds = settings(request).max_body_bytes, settings(request).body_seconds
+    try:
+        with anyio.fail_after(seconds):
+            for place, text in enumerate(texts):
+                await asyncio.sleep(0)  # others may want the event loop
+                try:
+                    image = await image_of(request, text, f"image[{place}]", max_bytes=left)
+                except BadRequest:
+                    raise
+                except Refusal as refusal:
+                    found.append(_unread(refusal))
+                else:
+                    found.append(image)
+                    left -= len(image) if text[:4].lower() == "http" else 0
+    except TimeoutError:
+        message = f"of {len(texts)} images {len(found)} were there after {seconds:g} s. Send fewer URLs, or the bytes."
+        raise BodyTimeout(message) from None
     return found
 
 
