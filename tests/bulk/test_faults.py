@@ -368,32 +368,7 @@ class _Bucket(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """`s3(url)`: S3 is there from now on."""
-    s3fs = pytest.importorskip("s3fs")
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-
-    def at(url: str) -> None:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        s3fs.S3FileSystem.clear_instance_cache()
-
-    yield at
-    s3fs.S3FileSystem.clear_instance_cache()
-    registry = pytest.importorskip("fsspec.registry")
-    registry._registry.pop("s3", None)  # other tests play that s3fs is not installed
-
-
-@pytest.fixture
-def bucket(s3: Callable[[str], None]) -> Iterator[type[_Bucket]]:
+def bucket(aws: Callable[[str], Any]) -> Iterator[type[_Bucket]]:
     handler: type[_Bucket] = type(
         "Handler", (_Bucket,), {"mended": threading.Event(), "over": threading.Event(), "asked": []}
     )
@@ -407,7 +382,7 @@ def bucket(s3: Callable[[str], None]) -> Iterator[type[_Bucket]]:
     with Quiet(("127.0.0.1", 0), handler) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
-        s3(f"http://127.0.0.1:{http.server_address[1]}")
+        aws(f"http://127.0.0.1:{http.server_address[1]}")
         yield handler
         handler.over.set()
         http.shutdown()
@@ -445,15 +420,14 @@ def test_s3_that_fails_and_hangs(
 
 
 @pytest.mark.slow
-def test_s3_by_moto(run: Callable[..., Result], s3: Callable[[str], None], tmp_path: Path) -> None:
-    moto, fsspec = pytest.importorskip("moto.server"), pytest.importorskip("fsspec")
+def test_s3_by_moto(run: Callable[..., Result], aws: Callable[[str], Any], tmp_path: Path) -> None:
+    moto = pytest.importorskip("moto.server")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()
-        s3(f"http://{host}:{port}")
-        fs = fsspec.filesystem("s3")
+        fs = aws(f"http://{host}:{port}")
         fs.mkdir("bucket")
         packed(tmp_path / "x.tar", [f"{i}.png" for i in range(11)])
         fs.call_s3("put_object", Bucket="bucket", Key="shards/x.tar", Body=(tmp_path / "x.tar").read_bytes())

@@ -929,32 +929,6 @@ def test_http(
 # ── S3 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """`aws(url)`: S3 is there from now on; its file system."""
-    s3fs = pytest.importorskip("s3fs")
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-
-    def at(url: str) -> Any:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        s3fs.S3FileSystem.clear_instance_cache()
-        return s3fs.S3FileSystem(use_listings_cache=False)
-
-    yield at
-    s3fs.S3FileSystem.clear_instance_cache()
-    registry = pytest.importorskip("fsspec.registry")
-    registry._registry.pop("s3", None)  # other tests play that s3fs is not installed
-
-
 @pytest.mark.slow
 def test_s3(aws: Callable[[str], Any], picture: Picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moto = pytest.importorskip("moto.server")

@@ -438,3 +438,23 @@ def test_a_lane_that_dies_costs_the_other_nothing(gate: Gate, run: Any) -> None:
     threads = torch.get_num_threads()
     run(test)
     torch.set_num_threads(threads)
+
+
+def test_a_decoder_that_raises_costs_only_its_image(gate: Gate, run: Any) -> None:
+    load = gate.classifier.load_image
+
+    def broken(source: Any, name: str) -> Any:
+        if source == picture(9):
+            raise RuntimeError("a codec of ours")
+        return load(source, name)
+
+    async def test() -> None:
+        watch = Watch()
+        gate.classifier.load_image = broken  # type: ignore[method-assign]
+        queue = batcher(gate, watch)
+        good, bad = await queue.infer([picture(2), picture(9)], "logits")
+        assert isinstance(good, Answer) and isinstance(bad, Refusal) and watch.deaths == 0
+        assert (bad.status, str(bad)) == (422, "image[1] could not be decoded: RuntimeError.")
+        await queue.close()
+
+    run(test)

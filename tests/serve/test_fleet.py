@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import opsin
 from opsin.errors import CheckpointError, ModelError
@@ -227,3 +228,23 @@ def test_of_a_name_of_megabytes_only_the_beginning_is_compared() -> None:
         await fleet.close()
 
     run(test)
+
+
+@pytest.mark.parametrize(("seconds", "dtype", "lanes"), [(60.0, "auto", 2), (0.0, "auto", 1), (60.0, "fp32", 1)])
+def test_a_quick_model_has_a_thread_on_each_core(
+    seconds: float, dtype: str, lanes: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        fleet = Fleet(Settings(models=(str(tiny),), dtype=dtype), Metrics())
+        await fleet.load_all()
+        batcher = fleet.get(None).batcher
+        assert batcher is not None and len(batcher._lanes) == lanes
+        await fleet.close()
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(fleets, "LANE_SECONDS", seconds)
+    torch.set_num_threads(2)
+    try:
+        run(test)
+    finally:
+        torch.set_num_threads(threads)

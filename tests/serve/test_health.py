@@ -18,6 +18,7 @@ from opsin.errors import ModelError
 from opsin.pipeline import Classifier
 from opsin.serve import batching, health
 from opsin.serve.app import create_app
+from opsin.serve.refusals import Overloaded
 from opsin.serve.settings import Settings
 
 
@@ -193,3 +194,18 @@ def test_a_thread_that_dies_is_noticed_and_replaced(
         assert client.get("/readyz").status_code == 200
         assert answers == [200]  # what the thread had in hand is computed by the next
         assert 'opsin_restarts_total{model="org/tiny"} 1.0' in client.get("/metrics").text
+
+
+def test_a_full_queue_is_no_sickness(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_: Any) -> Any:
+        raise Overloaded("the queue is full")
+
+    url = serve()
+    monkeypatch.setattr(batching.Batcher, "infer", full)
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_no_redirect_to_a_host_that_the_client_names(client: httpx.Client) -> None:
+    for path in ("/livez/", "/classify/", "/v2/"):
+        answer = client.post(path, headers={"Host": "evil.example"})
+        assert answer.status_code in (404, 405) and "location" not in answer.headers

@@ -304,3 +304,10 @@ def test_a_line_of_the_guard_is_passed_on_and_told_on_a_terminal() -> None:
     record = logging.makeLogRecord({"name": running.ACCESS, "msg": "%s", "args": (json.dumps(line),)})
     assert json.loads(running.JsonLines().format(record)) == line
     assert running.Text().format(record).endswith(" POST /classify 422 3.2 ms corrupt")
+
+
+def test_a_connection_has_room_for_a_photo_in_the_kernel() -> None:
+    with running._listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= running.RECEIVE_BYTES
