@@ -34,9 +34,7 @@ CHUNK_BYTES = 2**16
 SAFE = "%!$&'()*+,;=:@/?~"  # as they are, in a path or query
 
 LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-NUMBER = re.compile(
-    r"0x[0-9a-f]*|[0-9]+"
-)  # as the last label it makes a host an IPv4 address, in one of many spellings
+NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")  # as the last label: an IPv4 address, in one of many spellings
 
 UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6 that is given out
 EMBEDDING = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))  # NAT64; IPv4-compatible
